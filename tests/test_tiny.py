@@ -1,0 +1,81 @@
+"The embedded base: architecture, ids, files, loading."
+import json
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLForConditionalGeneration
+from vlm_tutor.core import ASSETS, VlmError
+from vlm_tutor.receipts import make_receipt
+from vlm_tutor.tiny import TINY, ask, load_model, load_processor, resolve_model
+
+FOLDER = ASSETS / TINY
+
+
+def test_package_stays_small():
+    assert (FOLDER / 'model.safetensors').stat().st_size <= 10 * 2**20
+
+
+def test_plain_from_pretrained_gives_the_true_class_and_our_loader_the_same_weights():
+    plain = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype=torch.float32)
+    assert type(plain) is Qwen2VLForConditionalGeneration
+    ours = load_model(TINY).state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in plain.state_dict().items())
+
+
+def test_files_declare_the_stock_processor():
+    assert json.loads((FOLDER / 'processor_config.json').read_text())['processor_class'] == 'Qwen2VLProcessor'
+
+
+def test_stock_auto_processor_where_torchvision_works():
+    pytest.importorskip('torchvision', reason='the stock processor needs torchvision', exc_type=ImportError)
+    from transformers import AutoProcessor
+    image, text = make_receipt(0).image, '<|vision_start|><|image_pad|><|vision_end|>Read the text.'
+    stock = AutoProcessor.from_pretrained(FOLDER)(text=[text], images=[image], return_tensors='pt')
+    ours = load_processor(TINY)(text=[text], images=[image], return_tensors='pt')
+    assert torch.equal(stock['input_ids'], ours['input_ids'])
+    assert (stock['pixel_values'] - ours['pixel_values']).abs().max() < .02
+
+
+def test_template_gives_the_text_that_llama_factory_writes_for_qwen2_vl():
+    "The format of its `qwen2_vl` template: default system, image before text, each turn closed by <|im_end|> and \\n."
+    expected = ('<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'
+                '<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Extract it.<|im_end|>\n'
+                '<|im_start|>assistant\n{"a":"1"}<|im_end|>\n')
+    tok = AutoTokenizer.from_pretrained(FOLDER)
+    chat = [dict(role='user', content=[dict(type='image'), dict(type='text', text='Extract it.')]),
+            dict(role='assistant', content='{"a":"1"}')]
+    assert tok.apply_chat_template(chat, tokenize=False) == expected
+    answer = expected.index('{')  # LLaMA-Factory encodes prompt and answer apart
+    pieces = [expected[:answer], expected[answer:]]
+    assert tok(expected).input_ids == [i for p in pieces for i in tok(p).input_ids]
+
+
+def test_special_tokens_are_single_and_are_the_ones_the_config_names():
+    tok, config = AutoTokenizer.from_pretrained(FOLDER), load_model(TINY).config
+    for name in ('image_pad', 'video_pad', 'vision_start', 'vision_end'):
+        assert tok(f'<|{name}|>').input_ids == [getattr(config, name.replace('_pad', '') + '_token_id')]
+    assert tok(tok.eos_token).input_ids == [config.text_config.eos_token_id] and tok.eos_token == '<|im_end|>'
+
+
+@pytest.mark.parametrize('text', ['{"menu":[{"nm":"a \\"b\\"","price":"1,000"}]}', 'é€漢字 \t\n x',
+                                  '"}]},{"":""', "it's <|im_end|>"])
+def test_any_text_survives_the_tokenizer(text):
+    tok = AutoTokenizer.from_pretrained(FOLDER)
+    assert tok.decode(tok(text).input_ids) == text
+
+
+def test_a_batch_answers_as_one_by_one():
+    model, processor = load_model(TINY), load_processor(TINY)
+    images = [make_receipt(s).image for s in (1, 2, 3)]
+    prompts = ['Read the text.', 'Read line 1.', 'What is Total?']
+    alone = [ask(model, processor, [i], [p], 12)[0] for i, p in zip(images, prompts)]
+    assert ask(model, processor, images, prompts, 12) == alone
+
+
+@pytest.mark.parametrize('name', ['tiny-recepts', './nowhere', 'a/b/c'])
+def test_bad_names(name):
+    with pytest.raises(VlmError, match='no model'): resolve_model(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a CUDA GPU is here')
+def test_cuda_asked_for_and_absent():
+    with pytest.raises(VlmError, match='cuda'): load_model(TINY, 'cuda')
