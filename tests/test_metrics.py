@@ -157,7 +157,7 @@ def cpu_seconds(f, *args):
 
 
 def grows_with_its_input(f, small, large):
-    "Four times the input costs about four times the work (a square would cost sixteen); a busy machine gets three tries."
+    "Four times the input costs about four times the work (a square: sixteen); a busy machine gets three tries."
     return any(cpu_seconds(f, large) < 8*cpu_seconds(f, small) + .02 for _ in range(3))
 
 
