@@ -46,7 +46,7 @@ def _paths(obj, at=''):
             yield from _paths(v, path)
 
 # %% ../nbs/05_receipts.ipynb #6ccb6b5e
-CORD_PROMPT = 'Extract the receipt as JSON with menu, sub_total and total.'
+CORD_PROMPT = 'Extract the receipt as JSON with menu (nm, cnt, unitprice, price), sub_total and total.'
 CORD_KEYS = dict(
     menu='nm num unitprice cnt discountprice price itemsubtotal vatyn etc '
          'sub.nm sub.num sub.unitprice sub.cnt sub.discountprice sub.price sub.etc',
