@@ -4,6 +4,7 @@ import json, os, random, signal, subprocess, sys, time
 import pytest
 
 from vlm_tutor.core import RunFolder, VlmError, asset, read_jsonl
+from vlm_tutor.receipts import HELD_OUT_LAYOUT, LAYOUTS
 from vlm_tutor.quickstart import Steps, character_error_rate, check_settings, count_parameters, quickstart
 
 SMALL = ["--n-train", "8", "--n-validation", "2", "--n-test", "4"]
@@ -61,6 +62,7 @@ def test_again_does_nothing_twice_and_json_is_one_object(finished):
         assert set(scores["subsets"]["names"]) == {"seen", "unseen"} and scores["ci"]["field_f1"]
         assert sum(s["n"] for s in scores["subsets"]["names"].values()) == 4
     assert result["hardware"]["cpu"] and result["versions"]["torch"] and result["base_cer"] >= 0
+    assert set(result["base_cer_by_layout"]) <= {*LAYOUTS, HELD_OUT_LAYOUT}
     assert result["command"] == f"vlm quickstart runs/q {' '.join(SMALL)} --seed 0"
 
 
