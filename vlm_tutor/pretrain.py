@@ -309,7 +309,7 @@ def make_task(
 CHARACTERS = ''.join(chr(c) for c in range(33, 127))
 
 class Code(nn.Module):
-    "The fixed character code, and two training-only heads: slots of a visual token, slot of the next character."
+    "The fixed character code, and the training-only heads: slots of a visual token, next slot, row and column."
     def __init__(self,
         width: int = 192,  # of a visual token
         seed: int = 0,  # of the table

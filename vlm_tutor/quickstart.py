@@ -242,11 +242,11 @@ def show_record(
     "A recorded quickstart as a table with its provenance"
     rows = score_table(record['groups'])
     gain, on, made = record['difference']['finetuned-model'], record['hardware'], record['versions']
-    layouts = ', '.join(f'{name} {cer*100:.1f} %' for name, cer in record.get('base_cer_by_layout', {}).items())
+    layouts = ', '.join(f'{name} {cer*100:.1f} %' for name, cer in record['base_cer_by_layout'].items())
     return '\n\n'.join([
         md_table(rows),
         f"Fine-tuning gained {with_interval(gain['field_f1'], gain['ci'], sign=True)} field F1 (paired). "
-        f"The base misreads {record['base_cer']*100:.1f} % of the characters{f' ({layouts})' if layouts else ''}. "
+        f"The base misreads {record['base_cer']*100:.1f} % of the characters ({layouts}). "
         f"Training took {record['seconds']['train']:.0f} s.",
         f"`{record['command']}` · {on['cpu']}, {on['cores']} cores, {on['threads'] or 'all'} threads · "
         f"torch {made['torch']}, transformers {made['transformers']} · commit {record['commit'] or 'unknown'}"])
