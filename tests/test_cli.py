@@ -101,7 +101,8 @@ def test_json_is_one_object_and_nothing_else(tmp_path):
 
 # --- other ends -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("body, code, said", [
-    (["os.kill(os.getpid(), signal.SIGINT)", "time.sleep(5)"], 130, "vlm: stopped."),
+    (["signal.signal(signal.SIGINT, signal.default_int_handler)", # a shell lets its background jobs ignore it
+      "os.kill(os.getpid(), signal.SIGINT)", "time.sleep(5)"], 130, "vlm: stopped."),
     (["1/0"], 1, "vlm: ZeroDivisionError: division by zero."), (["raise SystemExit(3)"], 3, ""),
     (["raise core.VlmError('a', ['b'], 'c')"], 2, "vlm: a. Allowed: b. c.")])
 def test_other_ends_have_their_exit_code_and_no_traceback(tmp_path, body, code, said):

@@ -463,11 +463,11 @@ def test_evaluate_writes_the_contract(run):
 
 
 def test_subsets_come_from_the_data_set(run, tmp_path):
-    known = [dict(id=i, split="test", names=n, layout_seen=n == "seen") for i, n in zip("abcd", ["seen", "unseen"]*2)]
+    known = [dict(id=i, split="test", names=n, layouts=n) for i, n in zip("abcd", ["seen", "unseen"]*2)]
     write_jsonl(tmp_path / "data/meta.jsonl", [dict(id="a", split="train"), *known])
     found = evaluate(run.path, "vanilla-model")["subsets"]
     assert {k: v["n"] for k, v in found["names"].items()} == {"seen": 2, "unseen": 2}
-    assert set(found["layout_seen"]) == {"yes", "no"}
+    assert set(found["layouts"]) == {"seen", "unseen"}
     assert found["names"]["seen"]["exact_match"] == 0.5 and found["names"]["unseen"]["exact_match"] == 0
     assert evaluate(run.path, "vanilla-model", "train")["subsets"] == {}
 

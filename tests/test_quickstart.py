@@ -122,10 +122,10 @@ def test_the_base_is_named_by_its_content():
 @pytest.mark.slow
 def test_an_interrupted_quickstart_goes_on(tmp_path, finished):
     words = [sys.executable, "-u", "-m", "vlm_tutor.cli", "quickstart", "runs/q", *SMALL]
-    job = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in job.stdout:
-        if line.startswith(" 3 vanilla"): break
-    time.sleep(8)  # into the training
+    job = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    log = tmp_path/"runs/q/log.jsonl"
+    while job.poll() is None and not (log.exists() and '"start"' in log.read_text()): time.sleep(.05)
     job.send_signal(signal.SIGINT)
     _, said = job.communicate(timeout=300)
     assert job.returncode == 130 and "Traceback" not in said

@@ -330,7 +330,7 @@ h3{font-size:1rem;margin:0}
 table{border-collapse:collapse;font-size:.875rem;width:100%}th{font-weight:500}.soft,tbody th{color:var(--soft)}
 th,td{padding:.25rem .5rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);
  overflow-wrap:anywhere}
-.numbers{max-width:48rem}.numbers td{font-variant-numeric:tabular-nums}
+.numbers{max-width:48rem}.numbers td{font-variant-numeric:tabular-nums;overflow-wrap:normal}
 .plots{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
 .plots img{flex:1 1 20rem;min-width:0;max-width:100%;background:#fff;border-radius:6px}
 .bar{position:sticky;top:0;z-index:1;background:var(--back);padding:.6rem 0;border-bottom:1px solid var(--line)}

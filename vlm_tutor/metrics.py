@@ -635,7 +635,7 @@ def read_predictions(
     return rows
 
 # %% ../nbs/11_metrics.ipynb #29a7d5fe
-SUBSETS = ('names', 'layout_seen') # what is known of a synthetic receipt, and scored apart
+SUBSETS = ('names', 'layouts') # what is known of a synthetic receipt, and scored apart
 
 def _true(row):
     "The parsed truth of a prediction row"
@@ -652,8 +652,8 @@ def _labels(run, rows, split):
     if strange:
         raise VlmError(f"the predictions hold '{strange[0]}', which is not in split '{split}' of '{notes.parent}'",
                        remedy='Predict again with the data set as it is now')
-    facts, words = [row.get('meta') or known.get(row['id'], {}) for row in rows], {True: 'yes', False: 'no'}
-    return {name: [words.get(fact[name], str(fact[name])) for fact in facts]
+    facts = [row.get('meta') or known.get(row['id'], {}) for row in rows]
+    return {name: [str(fact[name]) for fact in facts]
             for name in SUBSETS if all(name in fact for fact in facts)}
 
 # %% ../nbs/11_metrics.ipynb #2b5a6041

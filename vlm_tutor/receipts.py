@@ -315,7 +315,7 @@ def make_split_receipt(
     test = split == 'test'
     layout = HELD_OUT_LAYOUT if test and i % 4 == 1 else None
     r = make_receipt(f'{seed}-{split}-{i}', level, layout, held_out=test and i % 5 < 3)
-    r.meta['layout_seen'] = r.meta['layout'] != HELD_OUT_LAYOUT
+    r.meta['layouts'] = 'unseen' if r.meta['layout'] == HELD_OUT_LAYOUT else 'seen'
     return r
 
 # %% ../nbs/05_receipts.ipynb #ef8a9b9b
