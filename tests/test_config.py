@@ -186,7 +186,8 @@ def test_data_that_is_none(tmp_path):
 def test_keys_without_effect_are_named_for_the_engine():
     cord = load_config("cord")
     native = dict(ineffective_keys(cord, rows=800, device="cpu"))
-    assert {"overwrite_cache", "preprocessing_num_workers", "overwrite_output_dir", "bf16", "eval_steps"} <= set(native)
+    assert {"overwrite_cache", "preprocessing_num_workers", "overwrite_output_dir", "eval_steps"} <= set(native)
+    assert ("bf16" in native) != module.cpu_has_bf16()
     assert set(dict(ineffective_keys(cord, "llamafactory"))) == set()
     share = load_config("cord", ["max_samples=0.5"])
     assert "max_samples" in dict(ineffective_keys(share, "llamafactory"))
@@ -199,8 +200,9 @@ def test_no_key_is_dead():
     used = "\n".join(p.read_text() for p in package.glob("*.py") if p.stem != "config")
     rest = [k for k in FIELDS if not re.search(rf"\b{k}\b", used)]
     values = dict(overwrite_cache=True, preprocessing_num_workers=2, overwrite_output_dir=True, template="other",
-                  do_train=True, stage="sft", ddp_timeout=5)
+                  do_train=True, stage="sft", ddp_timeout=5, report_to="wandb")
     named = dict(ineffective_keys(Config(**values)))
     one_choice = {k for k, allowed in module.CHOICES.items() if len(allowed) == 1}
-    here = {"do_train", "max_samples", "val_size"}  # vlm train trains; choose_rows reads the others
+    here = {"do_train", "max_samples", "val_size", "num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps"}
+    # vlm train trains; choose_rows and plan_steps read the others
     assert set(rest) <= set(named) | one_choice | here

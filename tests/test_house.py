@@ -8,7 +8,7 @@ from checkout import *
 # The torch wall: a chapter is on one side of it. Light modules never import HEAVY, not even through another module.
 LIGHT = """core methods models config memory receipts sources sharegpt check splits augment metrics predict factory
     sweep compare errors serve bench quickstart cli""".split()
-FREE = "tiny pretrain collate lora soft moe train export".split()
+FREE = "tiny pretrain collate features lora lean soft moe engine train export".split()
 HEAVY = ["torch", "transformers", "peft", "datasets", "matplotlib"]
 
 # Published numbers: links and habits hang on them. A new chapter gets a new number or a letter.

@@ -83,10 +83,12 @@ def build_adapter(
     model, # a VLM, on its device
     config, # a `Config`: lora_rank, lora_alpha, lora_dropout, lora_target, freeze switches
 ): # PeftModel
-    "Freeze the model and put LoRA beside the layers that `config` names"
+    "Freeze the model and put LoRA beside the layers that `config` names, or take up an adapter that is there"
     targets = lora_targets(model, config)
     with no_chatter():
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
+        if config.adapter_name_or_path:
+            return PeftModel.from_pretrained(model, config.adapter_name_or_path, is_trainable=True)
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                           target_modules=targets, task_type='CAUSAL_LM')
         return get_peft_model(model, lora)

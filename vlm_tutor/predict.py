@@ -13,7 +13,7 @@ __all__ = ['ADAPTER_FILES', 'BASE_FILE', 'split_examples', 'model_hash', 'adapte
 import os, time
 from pathlib import Path
 
-from .config import choose_rows, load_config
+from .config import choose_rows, cpu_has_bf16, load_config
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, check_choice, content_hash,
                             read_json_file, read_jsonl, say, write_jsonl)
 from .sources import SPLITS, load_examples
@@ -102,8 +102,11 @@ def choose_device(
     if device == 'cuda' and not there:
         raise VlmError('cuda was asked for, but torch finds no GPU', remedy='Use --device cpu')
     if device == 'auto': device = 'cuda' if there and not config.use_cpu else 'cpu'
-    if device == 'cpu' or not (config.bf16 or config.fp16): return device, torch.float32
-    return device, torch.bfloat16 if config.bf16 else torch.float16
+    if device == 'cpu': return device, torch.bfloat16 if config.bf16 and cpu_has_bf16() else torch.float32
+    if config.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise VlmError(f'bf16 was asked for, but {torch.cuda.get_device_name()} has no such arithmetic',
+                       remedy='Write bf16=false fp16=true')
+    return device, torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 # %% ../nbs/17_predict.ipynb #a11d1258
 def load_run_model(
@@ -147,8 +150,9 @@ def generate(
 ) -> list: # texts
     "The model's greedy answers to a batch of questions"
     import torch
+    from vlm_tutor.collate import to_device
     batch = preprocess.collate(rows, side='left')
-    batch = {name: value.to(model.device) for name, value in batch.items() if name != 'labels'}
+    batch = to_device({name: value for name, value in batch.items() if name != 'labels'}, model.device)
     greedy = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None)
     limits = dict(max_new_tokens=max_new_tokens, pad_token_id=preprocess.tokenizer.pad_token_id)
     with torch.inference_mode(): ids = model.generate(**batch, **greedy, **limits)

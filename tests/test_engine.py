@@ -1,0 +1,264 @@
+"The engine against plain transformers, against interruption, and against itself in pieces and processes"
+import json, os, pickle, random, signal, subprocess, sys, time
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from vlm_tutor.collate import image_size
+from vlm_tutor.config import load_config
+from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, set_seed
+from vlm_tutor.engine import Engine, LeanLoss, PlainLoss, epoch_order, last_checkpoint, shard, step_rows
+from vlm_tutor.lora import build_adapter
+from vlm_tutor.predict import adapter_hash, load_run_model, split_examples
+from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
+from vlm_tutor.train import events, train
+
+SWITCHES = ("cache_features", "lean_forward", "answer_only_logits", "group_by_length")
+BASE = dict(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="steps", save_steps=1,
+            eval_strategy="no", learning_rate=4e-3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "Ten receipts with answers of very different length"
+    folder = tmp_path_factory.mktemp("data")
+    save_cord_dataset_in_sharegpt_format(folder, n=10)
+    for file in folder.glob("cord*.json"):
+        rows = read_json_file(file)
+        for i, row in enumerate(rows): row["messages"][1]["content"] = json.dumps(dict(total=str(i) * (1 + i*i // 2)))
+        atomic_write(file, json.dumps(rows))
+    return folder
+
+
+def options(data, path, **more): return BASE | dict(data=str(data), output_dir=str(path)) | more
+
+
+def losses(path): return [row["loss"] for row in events(RunFolder(path), "step")]
+
+
+def plain_run(data, seed=42):
+    "The same fine-tune by hand: transformers' own forward on padded batches with pixels, PEFT, AdamW, cosine"
+    config = load_config("tiny", options(data, "unused", seed=seed))
+    model, preprocess, _ = load_run_model(config)
+    examples = split_examples(config, "train")
+    set_seed(seed)
+    model = build_adapter(model, config).train()
+    trained, steps = [p for p in model.parameters() if p.requires_grad], 6
+    optimizer, found = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay), []
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, -(-steps*config.warmup_ratio // 1), steps)
+    for step in range(steps):
+        rows = [preprocess.encode(examples[i]) for i in step_rows(step, len(examples), 4, seed)]
+        loss = model(**preprocess.collate(rows)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_hand(data): return plain_run(data)
+
+
+@pytest.fixture(scope="module")
+def ours(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ours") / "run"
+    train("tiny", overrides=options(data, path))
+    return RunFolder(path)
+
+
+IDS = lambda on: "+".join(on) or "none"
+
+
+@pytest.mark.parametrize("on", [(), *((switch,) for switch in SWITCHES), SWITCHES], ids=IDS)
+def test_every_switch_keeps_the_losses_of_plain_transformers(data, by_hand, tmp_path, on):
+    train("tiny", overrides=options(data, tmp_path / "run", **{switch: switch in on for switch in SWITCHES}))
+    assert losses(tmp_path / "run")[:3] == pytest.approx(by_hand[:3], rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(by_hand, rel=2e-2)
+
+
+@pytest.mark.slow
+def test_the_last_loss_lies_among_five_plain_seeds(data, ours):
+    last = [plain_run(data, seed)[-1] for seed in range(42, 47)]
+    assert min(last)*.99 <= losses(ours.path)[-1] <= max(last)*1.01
+
+
+@pytest.fixture(scope="module")
+def loaded(data):
+    config = load_config("tiny", options(data, "unused"))
+    model, preprocess, _ = load_run_model(config)
+    return config, preprocess, [preprocess.encode(e) for e in split_examples(config, "train")[:4]]
+
+
+def adapted(config, dtype=torch.float32):
+    from vlm_tutor.tiny import load_model
+    set_seed(0)
+    model = build_adapter(load_model("tiny-receipts", dtype=dtype), config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, std=.05)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["plain", "lean"])
+def test_saving_memory_changes_no_gradient(loaded, kind):
+    config, preprocess, rows = loaded
+    model, found = adapted(config).train(), []
+    loss = PlainLoss(model, preprocess) if kind == "plain" else LeanLoss(model)
+    while True:
+        model.zero_grad()
+        loss(rows).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        if not loss.save_memory(): break
+    assert len(found) == (2 if kind == "plain" else 3)
+    assert all(torch.allclose(found[0], other, rtol=1e-4, atol=1e-4*found[0].abs().max()) for other in found[1:])
+
+
+def test_a_vision_tower_that_learns_gets_the_gradient_of_plain_transformers(loaded):
+    config, preprocess, rows = loaded
+    model = adapted(load_config(config, ["freeze_vision_tower=false", "freeze_multi_modal_projector=false"])).eval()
+    found = []
+    for loss in (PlainLoss(model, preprocess, sparse=False), LeanLoss(model)):
+        model.zero_grad()
+        loss(rows).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert any("visual" in name for name in found[0])
+    assert all(torch.allclose(g, found[1][n], rtol=1e-3, atol=1e-4*g.abs().max()) for n, g in found[0].items())
+
+
+def test_an_overflow_in_16_bits_skips_the_step_and_lowers_the_scale(loaded):
+    config, preprocess, rows = loaded
+    engine = Engine(adapted(config, torch.float16), preprocess, config, n=4)
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.**60)
+    engine.steps_done = 1  # the first step's rate is zero
+    before = {name: p.detach().clone() for name, p in engine.named.items()}
+    engine.step(rows)
+    assert all(torch.equal(p, before[name]) for name, p in engine.named.items())
+    assert engine.scaler.get_scale() == 2.**59
+    engine.scaler, engine.steps_done = torch.amp.GradScaler("cpu", init_scale=2.**8), 1
+    told = engine.step(rows)
+    assert not any(torch.equal(p, before[n]) for n, p in engine.named.items()) and 0 < told["grad_norm"] < 1e4
+
+
+def test_epochs_are_permutations_that_depend_on_the_seed():
+    for n, seed in ((1, 0), (7, 3), (100, 5)):
+        orders = [epoch_order(n, epoch, seed) for epoch in range(3)]
+        assert all(sorted(order) == list(range(n)) for order in orders)
+        assert n < 7 or orders[0] != orders[1] != epoch_order(n, 1, seed + 1)
+
+
+def test_loader_processes_change_nothing(data, ours, tmp_path):
+    for more in (dict(dataloader_num_workers=2), dict(dataloader_num_workers=1, cache_features=False)):
+        path = tmp_path / str(len(more))
+        train("tiny", overrides=options(data, path, **more))
+        if len(more) == 1: assert adapter_hash(path / "adapter") == adapter_hash(ours.adapter)
+        assert losses(path) == pytest.approx(losses(ours.path), rel=1e-3)
+
+
+RUN = "import json, sys; from vlm_tutor.train import train; train('tiny', overrides=json.loads(sys.argv[1]))"
+
+
+def start(given, *before): return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(given)],
+                                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_while_saving_and_resumed_to_the_same_bytes(data, ours, tmp_path):
+    run, rng, kills = RunFolder(tmp_path / "run"), random.Random(0), 0
+    for _ in range(3):
+        process = start(options(data, run.path))
+        begun = len(list(run.checkpoints.glob("checkpoint-*")))
+        while process.poll() is None and not list(run.checkpoints.glob(".*.tmp")) \
+                and len(list(run.checkpoints.glob("checkpoint-*"))) == begun: time.sleep(.0005)
+        time.sleep(rng.random()*.02)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2 and not run.adapter.exists()
+    train("tiny", overrides=options(data, run.path))
+    assert adapter_hash(run.adapter) == adapter_hash(ours.adapter)
+    same = ("event", "step", "epoch", "loss", "grad_norm", "learning_rate")
+    assert [[row[k] for k in same] for row in events(run, "step")] == \
+        [[row[k] for k in same] for row in events(ours, "step")]
+    one, other = (last_checkpoint(r) / "optimizer.safetensors" for r in (run, ours))
+    assert one.read_bytes() == other.read_bytes()
+
+
+class Evil:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "trainer_state.json", "random-0.safetensors"])
+def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(data, tmp_path, name):
+    run, trap = RunFolder(tmp_path / "run"), tmp_path / "executed"
+    train("tiny", overrides=options(data, run.path, max_steps=2))
+    for path in run.adapter.iterdir(): path.unlink()
+    run.adapter.rmdir()
+    (last_checkpoint(run) / name).write_bytes(pickle.dumps(Evil(trap)))
+    with pytest.raises(VlmError, match=name): train("tiny", overrides=options(data, run.path, max_steps=2))
+    assert not trap.exists()
+
+
+def test_features_on_file_that_were_tampered_with_are_refused(data, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    train("tiny", overrides=options(data, run.path, max_steps=1))
+    index = next((run.path / "features").glob("*.jsonl"))
+    key = index.stem
+    index.write_text(index.read_text().replace(key, "0"*16))
+    for path in run.adapter.iterdir(): path.unlink()
+    run.adapter.rmdir()
+    with pytest.raises(VlmError, match=f"another model or image size .*now {key}"):
+        train("tiny", overrides=options(data, run.path, max_steps=1))
+
+
+TWO = """
+import json, sys
+import vlm_tutor.train as t
+import vlm_tutor.engine as e
+t.train('tiny', overrides=json.loads(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_learn_what_one_does(data, ours, tmp_path, fsdp):
+    script, path = tmp_path / "two.py", tmp_path / "run"
+    script.write_text(TWO)
+    given = options(data, path, per_device_train_batch_size=2, fsdp=fsdp, eval_strategy="epoch")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(script), json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("in 2 processes") == 1 and ("weights shared" in done.stdout) == fsdp
+    assert losses(path) == pytest.approx(losses(ours.path), rel=1e-3)
+    state = read_json_file(last_checkpoint(RunFolder(path)) / "trainer_state.json")
+    assert state["processes"] == 2 and len(list(last_checkpoint(RunFolder(path)).glob("random-*"))) == 2
+
+
+def test_sharing_weights_really_shares_them(loaded, tmp_path):
+    "One process in a group of one: the layers hold distributed tensors, the adapter plain ones, the loss is the same"
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+    config, _, rows = loaded
+    model = adapted(config)
+    wanted = LeanLoss(model)(rows).item()
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        shard(model)
+        layer = model.get_base_model().model.language_model.layers[0]
+        assert all(isinstance(p, DTensor) != p.requires_grad for p in layer.parameters())
+        loss = LeanLoss(model)(rows)
+        loss.backward()
+        assert loss.item() == pytest.approx(wanted, rel=1e-6)
+    finally: dist.destroy_process_group()
+
+
+def test_the_size_of_a_photo_on_its_side_is_that_of_the_upright_one(tmp_path):
+    from PIL import Image
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.new("RGB", (60, 20)).save(tmp_path / f"{turn}.jpg", exif=exif)
+        from vlm_tutor.core import load_image
+        assert image_size(tmp_path / f"{turn}.jpg") == load_image(tmp_path / f"{turn}.jpg").size[::-1]
