@@ -6,21 +6,21 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/bench.html.md"""
 
 # %% auto #0
 __all__ = ['SETTINGS', 'ENGINE', 'EXPERIMENT', 'CHOICES', 'PEERS', 'WORK_KEYS', 'JOB_KEYS', 'AXES', 'RESULTS', 'experiments',
-           'checked', 'find_experiment', 'load_experiment', 'point_name', 'all_points', 'scaled_config', 'random_word',
-           'draw_page', 'random_answer', 'make_work', 'make_venv', 'engine_python', 'make_job', 'own_config',
-           'worker_environment', 'run_worker', 'check_losses', 'check_answers', 'code_hash', 'plan_runs', 'run_key',
-           'one_run', 'said', 'run_point', 'coverage', 'middle', 'cost', 'steps_per_epoch', 'figures', 'engine_record',
-           'ratios', 'better', 'point_record', 'fit_law', 'law_value', 'amount', 'laws', 'bench_record', 'spread',
-           'engine_rows', 'law_rows', 'show_bench', 'plot_ratios', 'plot_laws', 'result_file', 'check_device', 'bench',
-           'show_recorded']
+           'checked', 'find_experiment', 'load_experiment', 'point_name', 'all_points', 'scaled_config', 'small_config',
+           'random_word', 'draw_page', 'random_answer', 'make_work', 'make_venv', 'engine_python', 'make_job',
+           'own_config', 'worker_environment', 'run_worker', 'check_losses', 'check_answers', 'code_hash', 'plan_runs',
+           'run_key', 'one_run', 'said', 'run_point', 'coverage', 'middle', 'cost', 'steps_per_epoch', 'figures',
+           'engine_record', 'ratios', 'better', 'point_record', 'fit_law', 'law_value', 'amount', 'laws',
+           'bench_record', 'spread', 'engine_rows', 'law_rows', 'show_bench', 'plot_ratios', 'plot_laws', 'result_file',
+           'check_device', 'bench', 'show_recorded']
 
-# %% ../nbs/25_bench.ipynb #cb060b65
+# %% ../nbs/25_bench.ipynb #100b3fae
 import json, math, os, random, shutil, statistics, subprocess, sys, time
 from pathlib import Path
 from .core import (ASSETS, CONFIGS, PACKAGE, Example, Result, VlmError, append_jsonl, asset, atomic_write,
                             check_choice, content_hash, json_line, machine, md_table, nearest, read_json_file,
                             read_jsonl, read_yaml, say, show_value, table, versions, write_yaml)
-from .sharegpt import write_split
+from .sharegpt import save_dataset_in_sharegpt_format, write_split
 
 # %% ../nbs/25_bench.ipynb #51a3fbe4
 SETTINGS = dict(model='scaled-2b', data=None, vocabulary=9496, rows=16, image=[448, 672], answer_tokens=180,
@@ -132,7 +132,20 @@ def scaled_config(
                                     rope_parameters=dict(rope_type='axial', rope_theta=1e4))
     return Qwen2VLConfig(**values)
 
-# %% ../nbs/25_bench.ipynb #81b4aebd
+# %% ../nbs/25_bench.ipynb #338a56ad
+def small_config(
+    vocabulary: int,  # rows of the embedding
+    ids: dict,  # special token: id
+):  # a Qwen2VLConfig
+    "The shape of the embedded base, with rotary settings that every transformers 5 knows"
+    from transformers import Qwen2VLConfig
+    from vlm_tutor.tiny import tiny_config
+    values = tiny_config(vocabulary, ids).to_dict()
+    values['text_config']['rope_parameters'] |= dict(rope_theta=1e4, mrope_section=[4, 6, 6])
+    values['vision_config']['rope_parameters'] |= dict(rope_theta=1e4)
+    return Qwen2VLConfig(**values)
+
+# %% ../nbs/25_bench.ipynb #10bdc963
 def random_word(
     rng: random.Random,  # the generator
 ) -> str:  # four to nine letters
@@ -151,7 +164,7 @@ def draw_page(
         pen.text((8, y), ' '.join(random_word(rng) for _ in range(size[0]//64)), fill='black')
     return page
 
-# %% ../nbs/25_bench.ipynb #f06af227
+# %% ../nbs/25_bench.ipynb #622fe51f
 def random_answer(
     tokens: int,  # at least so many
     rng: random.Random,  # the generator
@@ -162,7 +175,7 @@ def random_answer(
     while len(count.encode(json.dumps(fields)).ids) < tokens: fields[random_word(rng)] = random_word(rng)
     return json.dumps(fields)
 
-# %% ../nbs/25_bench.ipynb #408bdcac
+# %% ../nbs/25_bench.ipynb #b06f28d6
 def _draw_rows(folder, settings, splits):
     "The synthetic data set: pages with answers of varied length"
     rng, length = random.Random(settings['seed']), settings['answer_tokens']
@@ -177,22 +190,36 @@ def _draw_rows(folder, settings, splits):
         write_split(folder/'data', 'bench', split, rows)
     return folder/'data'
 
-# %% ../nbs/25_bench.ipynb #ab6a3fc7
+# %% ../nbs/25_bench.ipynb #38b18d46
+def _find_rows(folder, settings, split):
+    "The folder of the data: pages of random words, synthetic receipts, or one that is there"
+    n = settings['rows']
+    if settings['data'] is None: return _draw_rows(folder, settings, dict(train=n) if split == 'train' else
+                                                   dict(train=1, test=n))
+    if settings['data'] != 'synthetic': return settings['data']
+    save_dataset_in_sharegpt_format(str(folder/'data'), 'synthetic', n=n, name='bench', seed=settings['seed'])
+    return folder/'data'
+
+# %% ../nbs/25_bench.ipynb #620b318d
 def _write_model(folder, settings):
-    "The scaled model with random weights, its tokenizer and its processor"
+    "A model with random weights, its tokenizer and its processor"
     import torch
     from transformers import Qwen2VLForConditionalGeneration
-    from vlm_tutor.tiny import SPECIALS, ImageTextProcessor, build_tokenizer, save_tiny
-    tokenizer = build_tokenizer()
+    from transformers.utils import logging
+    from vlm_tutor.tiny import SPECIALS, ImageTextProcessor, build_processor, build_tokenizer, save_tiny
+    logging.disable_progress_bar()
+    tokenizer, big = build_tokenizer(), settings['model'] == 'scaled-2b'
     torch.manual_seed(settings['seed'])
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
-    model = Qwen2VLForConditionalGeneration(scaled_config(settings['vocabulary'], ids))
-    save_tiny(model, ImageTextProcessor(_image_processor(), tokenizer, tokenizer.chat_template), folder)
+    model = Qwen2VLForConditionalGeneration((scaled_config if big else small_config)(settings['vocabulary'], ids))
+    images = _image_processor() if big else build_processor().image_processor
+    save_tiny(model, ImageTextProcessor(images, tokenizer, tokenizer.chat_template), folder)
+    if not big: return folder
     video = folder/'video_preprocessor_config.json'
     atomic_write(video, json.dumps(read_json_file(video) | dict(patch_size=14), indent=2) + '\n')
     return folder
 
-# %% ../nbs/25_bench.ipynb #be3b68e2
+# %% ../nbs/25_bench.ipynb #d905e721
 def _image_processor():
     "Pages to patches as the 2B has them: 14 pixels, four to a token"
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -211,7 +238,7 @@ def _write_adapter(folder, settings, model):
         if 'lora_B' in name: torch.nn.init.normal_(weights, std=.01)
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
-# %% ../nbs/25_bench.ipynb #51ce4f6d
+# %% ../nbs/25_bench.ipynb #535fcc5a
 def _count_tokens(model, data, name, settings, split):
     "Tokens of image, prompt and answer over all rows of a split"
     from vlm_tutor.collate import Preprocess
@@ -221,7 +248,7 @@ def _count_tokens(model, data, name, settings, split):
     counts = [preprocess.lengths(row) for row in load_examples(data, split=split, name=name)[:settings['rows']]]
     return {key: [count[key] for count in counts] for key in ('image', 'prompt', 'answer', 'length')}
 
-# %% ../nbs/25_bench.ipynb #cb34e815
+# %% ../nbs/25_bench.ipynb #0e1d912b
 WORK_KEYS = 'model data vocabulary rows image answer_tokens image_max_pixels lora_rank seed'.split()
 
 def make_work(
@@ -235,10 +262,12 @@ def make_work(
     if (folder/'work.json').exists(): return read_json_file(folder/'work.json')
     shutil.rmtree(folder, ignore_errors=True)
     from vlm_tutor.tiny import resolve_model
-    scaled = settings['model'] == 'scaled-2b'
-    model = _write_model(folder/'model', settings) if scaled else resolve_model(settings['model'])
-    splits = dict(train=settings['rows']) if split == 'train' else dict(train=1, test=settings['rows'])
-    data = Path(settings['data'] or _draw_rows(folder, settings, splits)).resolve()
+    random_weights = settings['model'] in ('scaled-2b', 'embedded-size')
+    model = _write_model(folder/'model', settings) if random_weights else resolve_model(settings['model'])
+    data = Path(_find_rows(folder, settings, split)).resolve()
+    if not (data/'dataset_info.json').exists():
+        raise VlmError(f"no data set in '{settings['data']}'", "null for pages of random words, 'synthetic' for "
+                       "receipts, or a folder that a save- verb made", 'Give one with data=FOLDER')
     name = list(read_json_file(data/'dataset_info.json'))[0]
     _write_adapter(folder/'adapter', settings, model)
     tokens = _count_tokens(str(model), data, name, settings, split)
@@ -246,7 +275,7 @@ def make_work(
     atomic_write(folder/'work.json', json.dumps(work, indent=1))
     return work
 
-# %% ../nbs/25_bench.ipynb #3e55221f
+# %% ../nbs/25_bench.ipynb #a6b67f78
 def make_venv(
     peer: str,  # one of `PEERS`
     folder: str | Path,  # where environments are kept
@@ -273,7 +302,7 @@ def engine_python(
     "The Python that an engine runs with: its peer's, or this one"
     return str(make_venv(engine['peer'], venvs)) if engine['peer'] else sys.executable
 
-# %% ../nbs/25_bench.ipynb #fc1abba1
+# %% ../nbs/25_bench.ipynb #63844e0b
 JOB_KEYS = 'batch accumulation learning_rate dtype threads seed image_max_pixels lora_rank rows'.split()
 
 def make_job(
@@ -293,7 +322,7 @@ def make_job(
     return job | dict(epochs=settings['epochs' if about['worker'] == 'ours' else 'peer_epochs'], ordered=check,
                       max_steps=settings['check_steps'] if check else -1, max_new_tokens=-(-longest*5//4//64)*64)
 
-# %% ../nbs/25_bench.ipynb #8f3f9285
+# %% ../nbs/25_bench.ipynb #88f27a38
 def own_config(
     job: dict,  # from `make_job`
     output: str,  # the run folder
@@ -308,7 +337,7 @@ def own_config(
         use_cpu=job['device'] == 'cpu', bf16=job['dtype'] == 'bfloat16', seed=job['seed'],
         disable_gradient_checkpointing=not job['checkpointing'], disable_shuffling=job['ordered']) | job['settings']
 
-# %% ../nbs/25_bench.ipynb #7f1d8ee3
+# %% ../nbs/25_bench.ipynb #a61aa5e0
 def worker_environment(
     job: dict,  # from `make_job`
     folder: Path,  # where the worker may write
@@ -323,7 +352,7 @@ def worker_environment(
     if job['worker'] == 'ours': found |= dict(PYTHONPATH=str(PACKAGE.parent))
     return found
 
-# %% ../nbs/25_bench.ipynb #3c224ae8
+# %% ../nbs/25_bench.ipynb #8d0d63e9
 def run_worker(
     job: dict,  # from `make_job`
     python: str,  # from `engine_python`
@@ -345,7 +374,7 @@ def run_worker(
     last = [line for line in (folder/'log.txt').read_text(errors='replace').splitlines() if line.strip()] or ['']
     raise VlmError(f"the worker '{job['worker']}' failed: {last[-1].strip()[:300]}", remedy=f"Read {folder/'log.txt'}")
 
-# %% ../nbs/25_bench.ipynb #26028600
+# %% ../nbs/25_bench.ipynb #45193aa2
 def check_losses(
     losses: dict,  # {engine: loss of every step}; ours first
     tolerance: float,  # largest relative difference
@@ -365,7 +394,7 @@ def check_losses(
             worst = max(worst, apart)
     return worst
 
-# %% ../nbs/25_bench.ipynb #e52861c9
+# %% ../nbs/25_bench.ipynb #d637433e
 def check_answers(
     answers: dict,  # {engine: text of every row}; ours first
     share: float = .9,  # of texts that must be equal
@@ -379,10 +408,10 @@ def check_answers(
                            remedy=f'At least {share:.0%} must be equal')
     return min(equal)
 
-# %% ../nbs/25_bench.ipynb #998258d9
+# %% ../nbs/25_bench.ipynb #53f83491
 def code_hash() -> str:  # 16 hex digits
     "What is measured, by content: this package's modules and the workers"
-    return content_hash(*sorted(PACKAGE.glob('*.py')), *sorted((ASSETS/'peers').glob('*.py')))
+    return content_hash(*sorted(PACKAGE.glob('*.py')), *sorted((ASSETS/'peers').glob('[a-z]*.py')))
 
 def plan_runs(
     engines: list,  # their names
@@ -391,7 +420,7 @@ def plan_runs(
     "The runs of a point in their order: a check of each, then all in turn"
     return [('check', 0, name) for name in engines] + [('race', i, name) for i in range(repeats) for name in engines]
 
-# %% ../nbs/25_bench.ipynb #f31f161e
+# %% ../nbs/25_bench.ipynb #409bc06b
 def run_key(
     job: dict,  # from `make_job`
     about: list,  # point, engine, phase, repeat
@@ -417,7 +446,7 @@ def one_run(
     append_jsonl(file, line)
     return line
 
-# %% ../nbs/25_bench.ipynb #024f0c8b
+# %% ../nbs/25_bench.ipynb #9578ce47
 def said(
     line: dict,  # a run
 ) -> str:
@@ -428,7 +457,7 @@ def said(
     held = line['memory'].get('gpu', line['memory']['rss'])
     return f"{where} {line['total'][0]:.1f} CPU-s   {line['total'][1]:.1f} s   {held:.0f} MiB"
 
-# %% ../nbs/25_bench.ipynb #1490e0c1
+# %% ../nbs/25_bench.ipynb #e0102d72
 def run_point(
     experiment: dict,  # from `load_experiment`
     name: str,  # of the point
@@ -450,7 +479,7 @@ def _check(task, lines, settings):
     if task == 'predict': return check_answers({line['engine']: line['answers'] for line in lines})
     return check_losses({line['engine']: line['losses'] for line in lines}, settings['tolerance'])
 
-# %% ../nbs/25_bench.ipynb #25c8235a
+# %% ../nbs/25_bench.ipynb #c72422e8
 def coverage(
     n: int,  # how many values were measured
     k: int,  # how many are cut off at either end
@@ -467,7 +496,7 @@ def middle(
     return dict(median=statistics.median(ordered), low=ordered[k], high=ordered[n - 1 - k], n=n,
                 coverage=round(coverage(n, k), 4))
 
-# %% ../nbs/25_bench.ipynb #9674a064
+# %% ../nbs/25_bench.ipynb #80d1acb6
 def cost(
     line: dict,  # a run: its marks and total
     per_epoch: int,  # steps in an epoch
@@ -487,7 +516,7 @@ def steps_per_epoch(
     "Optimiser steps in one pass over the rows"
     return math.ceil(math.ceil(settings['rows']/settings['batch'])/settings['accumulation'])
 
-# %% ../nbs/25_bench.ipynb #8f8096ca
+# %% ../nbs/25_bench.ipynb #78e0c941
 def figures(
     lines: list,  # the runs of one engine at one point
     settings: dict,  # of the point
@@ -504,7 +533,7 @@ def figures(
                 tokens_per_second=middle([every/w for w in wall]),
                 supervised_tokens_per_second=middle([learned/w for w in wall]))
 
-# %% ../nbs/25_bench.ipynb #436d7070
+# %% ../nbs/25_bench.ipynb #82c35f90
 def engine_record(
     lines: list,  # the runs of one engine at one point
     settings: dict,  # of the point
@@ -520,7 +549,7 @@ def engine_record(
                 measured_epochs=(len(first['marks']) - 1)/steps_per_epoch(settings) if first['marks'] else None,
                 last_loss=first['losses'][-1] if first['losses'] else None)
 
-# %% ../nbs/25_bench.ipynb #8494c3b8
+# %% ../nbs/25_bench.ipynb #b5febdb0
 def ratios(
     lines: dict,  # {engine: its runs}; ours first
     settings: dict,  # of the point
@@ -537,7 +566,7 @@ def ratios(
         found[name] = dict(speed=speed, memory=middle([a['memory'][held]/b['memory'][held] for a, b in pairs]))
     return found
 
-# %% ../nbs/25_bench.ipynb #f3a2cf2d
+# %% ../nbs/25_bench.ipynb #6588b179
 def better(
     engines: dict,  # {name: engine} of the experiment
     found: dict,  # from `ratios`
@@ -549,7 +578,7 @@ def better(
     return {peer: min(names, key=lambda name: found[name]['speed'][str(epochs)]['median'])
             for peer, names in families.items()}
 
-# %% ../nbs/25_bench.ipynb #995b5b34
+# %% ../nbs/25_bench.ipynb #7471862c
 def point_record(
     experiment: dict,  # from `load_experiment`
     settings: dict,  # of the point
@@ -565,7 +594,7 @@ def point_record(
                 engines={name: engine_record(runs, settings, tokens, report) for name, runs in lines.items()},
                 ratios=found, better=better(experiment['engines'], found, report[-1]))
 
-# %% ../nbs/25_bench.ipynb #22065e2c
+# %% ../nbs/25_bench.ipynb #497f6dd9
 def _line(xs, ys):
     "Least squares: intercept and slope"
     x, y = statistics.fmean(xs), statistics.fmean(ys)
@@ -586,7 +615,7 @@ def fit_law(
     law, spread = min(laws, key=miss), sum((y - statistics.fmean(ys))**2 for y in ys)
     return dict(law=law, a=laws[law][0], b=laws[law][1], r2=1 - miss(law)/spread if spread else 1.)
 
-# %% ../nbs/25_bench.ipynb #af3bbc4d
+# %% ../nbs/25_bench.ipynb #1c47084d
 def law_value(
     law: dict,  # from `fit_law`
     x: float,  # where
@@ -594,7 +623,7 @@ def law_value(
     "What a law says"
     return law['a'] + law['b']*x if law['law'] == 'linear' else law['a']*x**law['b']
 
-# %% ../nbs/25_bench.ipynb #c3ace0fa
+# %% ../nbs/25_bench.ipynb #cff03231
 def amount(
     key: str,  # what varies
     record: dict,  # of a point
@@ -620,7 +649,7 @@ def laws(
             by_engine[engine] = {name: fit_law(xs, values) | dict(x=xs, y=values) for name, values in ys.items()}
     return found
 
-# %% ../nbs/25_bench.ipynb #e272236f
+# %% ../nbs/25_bench.ipynb #6149e861
 def bench_record(
     experiment: dict,  # from `load_experiment`
     command: str,  # that was given
@@ -642,13 +671,13 @@ def spread(
     "A median with its interval"
     return f"{values['median']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
 
-# %% ../nbs/25_bench.ipynb #bf3678c8
+# %% ../nbs/25_bench.ipynb #970d99a2
 def _aim(aims, name, times):
     "The aim for one engine, and whether it was met"
     if name not in aims: return ''
     return f"{aims[name]}: {'met' if times['median'] >= aims[name] else 'missed'}"
 
-# %% ../nbs/25_bench.ipynb #1921e8a4
+# %% ../nbs/25_bench.ipynb #c35c47e8
 def engine_rows(
     record: dict,  # from `bench_record`
     point: str,  # its name
@@ -661,9 +690,9 @@ def engine_rows(
     for name, engine in at['engines'].items():
         lengths, last = list(engine['epochs']), list(engine['epochs'].values())[-1]
         row = {'engine': name + (' (better)' if name in at['better'].values() else ''), unit: spread(last[rate])}
-        row |= {'tokens/s': f"{last['tokens_per_second']['median']:.0f}",
-                'learned': f"{last['supervised_tokens_per_second']['median']:.0f}",
-                'peak MiB': f"{engine['peak_mib'][held]['median']:.0f}",
+        speeds = {'tokens/s': 'tokens_per_second', 'learned/s': 'supervised_tokens_per_second'}
+        if record['task'] == 'train': row |= {key: f"{last[speed]['median']:.0f}" for key, speed in speeds.items()}
+        row |= {'peak MiB': f"{engine['peak_mib'][held]['median']:.0f}",
                 'start s': f"{engine['startup_seconds']['median']:.1f}"}
         found = at['ratios'].get(name)
         row |= {f'times, {n} ep.': spread(found['speed'][n]) if found else '' for n in lengths}
@@ -672,7 +701,7 @@ def engine_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/25_bench.ipynb #69a68c45
+# %% ../nbs/25_bench.ipynb #97248a14
 def _head(record, name):
     "What stands above the table of a point"
     at = record['points'][name]
@@ -689,12 +718,12 @@ def _foot(record):
              if name != 'ours'} - {None}
     ran = ', '.join(f'{n:g}' for n in sorted(peers))
     cut = f'; others ran {ran} epochs, longer ones are projected' if peers else ''
-    return (f"`{record['command']}` · {on['cpu']}, {on['cores']} cores, {on['threads']} threads"
+    return (f"`{record['command']}` · {on['cpu']}, {on['cores']} cores, {on['threads']} thread{'s'*(on['threads'] > 1)}"
             f"{''.join(', ' + gpu['name'] for gpu in on['gpus'])} · torch {made['torch']}, transformers "
             f"{made['transformers']} · commit {record['commit'] or 'unknown'} · seed {record['seed']}, "
             f"{record['n']} runs each, median and interval{cut}")
 
-# %% ../nbs/25_bench.ipynb #caef7ed1
+# %% ../nbs/25_bench.ipynb #f1666a08
 def law_rows(
     record: dict,  # from `bench_record`
 ) -> list:  # dicts, one for each thing that varies and each engine
@@ -717,7 +746,7 @@ def show_bench(
         for name in record['points']: parts += [_head(record, name), draw(engine_rows(record, name))]
     return '\n\n'.join([f"{record['what']}", *parts, _foot(record)])
 
-# %% ../nbs/25_bench.ipynb #5f2103ba
+# %% ../nbs/25_bench.ipynb #f4d91a2d
 def _draw_ratios(ax, at, colour):
     "One bar for each other engine"
     names = list(at['ratios'])
@@ -732,7 +761,7 @@ def _draw_ratios(ax, at, colour):
     ax.set_xlim(0, 1.2*max([1, *(value['high'] for value in times)]))
     ax.invert_yaxis()
 
-# %% ../nbs/25_bench.ipynb #2938f9aa
+# %% ../nbs/25_bench.ipynb #d93e9dd9
 def plot_ratios(
     record: dict,  # from `bench_record`
     path: str | Path,  # a PNG to write
@@ -751,7 +780,7 @@ def plot_ratios(
     figure.savefig(path, dpi=150)
     return Path(path)
 
-# %% ../nbs/25_bench.ipynb #8b312d61
+# %% ../nbs/25_bench.ipynb #5fd831f5
 AXES = dict(rows='examples', image='image tokens', answer_tokens='answer tokens', lora_rank='rank')
 
 def plot_laws(
@@ -777,7 +806,7 @@ def plot_laws(
     figure.savefig(path, dpi=150)
     return Path(path)
 
-# %% ../nbs/25_bench.ipynb #bfa46f71
+# %% ../nbs/25_bench.ipynb #8c4dd089
 RESULTS = Path('nbs/bench/results')  # in a checkout
 
 def result_file(
@@ -798,7 +827,7 @@ def check_device(
         raise VlmError(f"experiment '{experiment['name']}' needs a GPU, and torch finds none here",
                        remedy='Run it on a machine with a CUDA GPU, or choose another experiment: vlm bench')
 
-# %% ../nbs/25_bench.ipynb #5d9aeea8
+# %% ../nbs/25_bench.ipynb #dbe82dee
 def _list_experiments():
     "The experiments with the first line of each file"
     rows = [dict(experiment=name, what=path.read_text().splitlines()[0].lstrip('# '))
@@ -811,7 +840,7 @@ def _command(name, points, repeats, overrides):
     return ' '.join(['vlm bench', str(name), *overrides, *(['--points', *points] if points else []),
                      *([f'--repeats {repeats}'] if repeats else [])])
 
-# %% ../nbs/25_bench.ipynb #f6b010f1
+# %% ../nbs/25_bench.ipynb #5ed55067
 def bench(
     name: str | None = None,  # an experiment, or a YAML file of your own; lists them when missing
     points: list = (),  # only these points
@@ -834,7 +863,7 @@ def bench(
     atomic_write(file, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     return Result(record, show_bench(record, markdown=False) + f'\n\nresult  {file}', show_bench(record))
 
-# %% ../nbs/25_bench.ipynb #d2437bd5
+# %% ../nbs/25_bench.ipynb #4d112a18
 def show_recorded(
     folder: str | Path,  # of result files
     name: str,  # an experiment

@@ -16,7 +16,7 @@ def arguments(job):
         learning_rate=job['learning_rate'], num_train_epochs=job['epochs'], max_steps=job['max_steps'],
         lr_scheduler_type='constant', logging_steps=1, save_strategy='no', report_to='none', seed=job['seed'],
         use_cpu=job['device'] == 'cpu', bf16=job['dtype'] == 'bfloat16', disable_shuffling=job['ordered'],
-        disable_tqdm=True)
+        disable_tqdm=True, image_max_pixels=job['image_max_pixels'])
     if job['checkpointing'] is not None: keys['disable_gradient_checkpointing'] = not job['checkpointing']
     return keys
 

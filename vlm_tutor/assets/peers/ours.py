@@ -8,13 +8,18 @@ from vlm_tutor.core import RunFolder, read_jsonl
 from vlm_tutor.predict import predict
 from vlm_tutor.train import train
 
-job = meter.start()
-if job['task'] == 'predict':
+
+def answers(job):
+    "Predict the test rows of a run that was never trained, in the order of the file"
     config = load_config(job['config'])
     run = RunFolder.create(config.output_dir, as_dict(config))
     predict(config.output_dir, 'vanilla-model', batch_size=job['batch'], device=job['device'])
-    rows = read_jsonl(run.predictions('vanilla-model'))
-    meter.finish(answers={row['image']: row['raw'] for row in rows} and [r['raw'] for r in sorted(rows, key=lambda r: r['id'])])
+    rows = sorted(read_jsonl(run.predictions('vanilla-model')), key=lambda row: row['id'])
+    return [row['raw'] for row in rows]
+
+
+job = meter.start()
+if job['task'] == 'predict': meter.finish(answers=answers(job))
 else:
     meter.watch_trainer()
     train(job['config'], device=job['device'])

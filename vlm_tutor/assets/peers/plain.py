@@ -50,7 +50,7 @@ def train(job):
     "Fine-tune the adapter and save it"
     model = PeftModel.from_pretrained(load(job), job['adapter'], is_trainable=True)
     trainer = Trainer(model, arguments(job), train_dataset=list(records(job)),
-                      data_collator=Collator(load_processor(job['model'])))
+                      data_collator=Collator(load_processor(job)))
     trainer.train()
     model.save_pretrained(job['output'])
 
@@ -58,7 +58,7 @@ def train(job):
 @torch.inference_mode()
 def predict(job):
     "Greedy answers, a batch at a time, in the order of the file"
-    model, processor, rows, answers = load(job).eval(), load_processor(job['model']), list(records(job, 'test')), []
+    model, processor, rows, answers = load(job).eval(), load_processor(job), list(records(job, 'test')), []
     for i in range(0, len(rows), job['batch']):
         part = rows[i:i + job['batch']]
         chats = [[dict(role='user', content=[dict(type='image'), dict(type='text', text=q)])] for q, *_ in part]

@@ -1,5 +1,4 @@
 """Qwen2-VL's processor for images only, which loads where torchvision does not; a folder says the rest."""
-import os
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
@@ -13,7 +12,9 @@ class ImageText(Qwen2VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-def load_processor(name):
-    "The processor of a model folder"
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return ImageText(Qwen2VLImageProcessorPil.from_pretrained(name), tokenizer, chat_template=tokenizer.chat_template)
+def load_processor(job):
+    "The processor of a job's model; larger images are shrunk to the job's limit"
+    tokenizer = AutoTokenizer.from_pretrained(job['model'])
+    images = Qwen2VLImageProcessorPil.from_pretrained(job['model'])
+    images.size = dict(shortest_edge=images.size['shortest_edge'], longest_edge=job['image_max_pixels'])
+    return ImageText(images, tokenizer, chat_template=tokenizer.chat_template)
