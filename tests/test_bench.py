@@ -78,6 +78,13 @@ def test_a_gpu_experiment_needs_a_gpu(monkeypatch):
     with pytest.raises(VlmError, match="'cord_gpu' needs a GPU"): b.bench("cord_gpu")
 
 
+def test_sixteen_bits_that_would_be_thirty_two_are_refused(monkeypatch):
+    why = "it computes in 32 bits"
+    monkeypatch.setattr(b, "ineffective_keys", lambda config, *_, **__: [("bf16", why)] if config.bf16 else [])
+    with pytest.raises(VlmError, match=f"point 'bfloat16' is in bfloat16, but {why}.*--points"):
+        b.bench("vs_trl", points=["bfloat16"])
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n, low, high, sure", [(1, 0, 0, 0.), (2, 0, 1, .5), (3, 0, 2, .75), (5, 0, 4, .9375),
                                                 (6, 0, 5, .9688), (8, 0, 7, .9922), (9, 1, 7, .9609)])
@@ -183,10 +190,11 @@ def test_engines_take_turns_after_the_check(fake):
 def test_an_interrupted_bench_goes_on(fake, tmp_path):
     fake.stop_at = 6
     with pytest.raises(KeyboardInterrupt): b.bench("small.yaml")
-    assert len(read_jsonl(tmp_path/".bench/small/runs.jsonl")) == 5 and not (tmp_path/".bench/small/result.json").exists()
+    place = tmp_path/".bench/small"
+    assert len(read_jsonl(place/"runs.jsonl")) == 5 and not (place/"result.json").exists()
     fake.stop_at = None
     record = b.bench("small.yaml")
-    assert len(fake.asked) == 6 + 4 and json.loads((tmp_path/".bench/small/result.json").read_text()) == record
+    assert len(fake.asked) == 6 + 4 and json.loads((place/"result.json").read_text()) == record
     b.bench("small.yaml")
     assert len(fake.asked) == 10, "what is on file is not measured again"
     b.bench("small.yaml", overrides=["learning_rate=0.01"])

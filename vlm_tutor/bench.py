@@ -14,9 +14,10 @@ __all__ = ['SETTINGS', 'ENGINE', 'EXPERIMENT', 'CHOICES', 'PEERS', 'WORK_KEYS', 
            'bench_record', 'spread', 'engine_rows', 'law_rows', 'show_bench', 'plot_ratios', 'plot_laws', 'result_file',
            'check_device', 'bench', 'show_recorded']
 
-# %% ../nbs/25_bench.ipynb #100b3fae
+# %% ../nbs/25_bench.ipynb #1a07993f
 import json, math, os, random, shutil, statistics, subprocess, sys, time
 from pathlib import Path
+from .config import Config, ineffective_keys
 from .core import (ASSETS, CONFIGS, PACKAGE, Example, Result, VlmError, append_jsonl, asset, atomic_write,
                             check_choice, content_hash, json_line, machine, md_table, nearest, read_json_file,
                             read_jsonl, read_yaml, say, show_value, table, versions, write_yaml)
@@ -219,7 +220,7 @@ def _write_model(folder, settings):
     atomic_write(video, json.dumps(read_json_file(video) | dict(patch_size=14), indent=2) + '\n')
     return folder
 
-# %% ../nbs/25_bench.ipynb #d905e721
+# %% ../nbs/25_bench.ipynb #3b008513
 def _image_processor():
     "Pages to patches as the 2B has them: 14 pixels, four to a token"
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -229,7 +230,6 @@ def _image_processor():
 def _write_adapter(folder, settings, model):
     "The adapter that every engine starts from; its second half is not zero, so that all of it shows in the loss"
     import torch
-    from vlm_tutor.config import Config
     from vlm_tutor.lora import build_adapter
     from vlm_tutor.tiny import load_model
     torch.manual_seed(settings['seed'])
@@ -827,7 +827,17 @@ def check_device(
         raise VlmError(f"experiment '{experiment['name']}' needs a GPU, and torch finds none here",
                        remedy='Run it on a machine with a CUDA GPU, or choose another experiment: vlm bench')
 
-# %% ../nbs/25_bench.ipynb #dbe82dee
+# %% ../nbs/25_bench.ipynb #f6c32a06
+def _check_numbers(experiment, points):
+    "Refuse 16 bits where our own engine does not compute in them"
+    for name, settings in points.items():
+        config = Config(bf16=settings['dtype'] == 'bfloat16')
+        idle = dict(ineffective_keys(config, 'native', device=experiment['device']))
+        if 'bf16' in idle:
+            raise VlmError(f"point '{name}' is in bfloat16, but {idle['bf16']}",
+                           remedy='Leave it out: name the others with --points')
+
+# %% ../nbs/25_bench.ipynb #57f0f980
 def _list_experiments():
     "The experiments with the first line of each file"
     rows = [dict(experiment=name, what=path.read_text().splitlines()[0].lstrip('# '))
@@ -840,7 +850,7 @@ def _command(name, points, repeats, overrides):
     return ' '.join(['vlm bench', str(name), *overrides, *(['--points', *points] if points else []),
                      *([f'--repeats {repeats}'] if repeats else [])])
 
-# %% ../nbs/25_bench.ipynb #5ed55067
+# %% ../nbs/25_bench.ipynb #1c577ac2
 def bench(
     name: str | None = None,  # an experiment, or a YAML file of your own; lists them when missing
     points: list = (),  # only these points
@@ -855,6 +865,7 @@ def bench(
     experiment = load_experiment(name, [*overrides, *([f'repeats={repeats}'] if repeats else [])])
     chosen, place = all_points(experiment, points), Path(work)/experiment['name']
     check_device(experiment)
+    _check_numbers(experiment, chosen)
     file = result_file(experiment['name'], out, work, not (points or repeats or overrides))
     folders = dict(work=Path(work)/'work', venvs=Path(venvs or Path(work)/'venvs'), runs=place, file=place/'runs.jsonl')
     found = {key: point_record(experiment, settings, run_point(experiment, key, settings, folders))
@@ -863,7 +874,7 @@ def bench(
     atomic_write(file, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     return Result(record, show_bench(record, markdown=False) + f'\n\nresult  {file}', show_bench(record))
 
-# %% ../nbs/25_bench.ipynb #4d112a18
+# %% ../nbs/25_bench.ipynb #11688b96
 def show_recorded(
     folder: str | Path,  # of result files
     name: str,  # an experiment
