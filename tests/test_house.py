@@ -185,7 +185,8 @@ def test_a_recorded_result_says_where_it_comes_from(path):
         assert group["n"] >= 2 and low <= group["field_f1"] <= high
     for point in record.get("points", {}).values():
         for engine in point["engines"].values():
-            for figure in [engine["startup_seconds"], *(e["samples_per_cpu_second"] for e in engine["epochs"].values())]:
+            lengths = [length["samples_per_cpu_second"] for length in engine["epochs"].values()]
+            for figure in [engine["startup_seconds"], *lengths]:
                 assert figure["n"] >= 2 and figure["low"] <= figure["median"] <= figure["high"]
 
 

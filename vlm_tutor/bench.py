@@ -780,7 +780,7 @@ def plot_ratios(
     figure.savefig(path, dpi=150)
     return Path(path)
 
-# %% ../nbs/25_bench.ipynb #5fd831f5
+# %% ../nbs/25_bench.ipynb #393b3c43
 AXES = dict(rows='examples', image='image tokens', answer_tokens='answer tokens', lora_rank='rank')
 
 def plot_laws(
@@ -790,9 +790,9 @@ def plot_laws(
     "Draw measured values and fitted law for everything that varies"
     from matplotlib.figure import Figure
     from vlm_tutor.core import COLOURS
-    colours, found = [COLOURS['finetuned-model'], '#5f6368', '#9aa0a6'], record['laws']
-    figure = Figure(figsize=(6.5, 2.4*len(found)), layout='constrained')
-    for pair, (key, engines) in zip(figure.subplots(len(found), 2, squeeze=False), found.items()):
+    colours, laws = [COLOURS['finetuned-model'], '#5f6368', '#9aa0a6'], record['laws']
+    figure = Figure(figsize=(6.5, 2.4*len(laws)), layout='constrained')
+    for pair, (key, engines) in zip(figure.subplots(len(laws), 2, squeeze=False), laws.items()):
         for ax, (measure, unit) in zip(pair, dict(cpu_seconds='CPU-s', peak_mib='peak MiB').items()):
             for colour, (name, measures) in zip(colours, engines.items()):
                 law = measures[measure]
@@ -801,7 +801,8 @@ def plot_laws(
                 ax.plot(steps, [law_value(law, x) for x in steps], color=colour, lw=1)
                 ax.annotate(name, (law['x'][-1], law['y'][-1]), (-4, 5), textcoords='offset points', ha='right',
                             fontsize=8, color=colour)
-            ax.set(xlabel=AXES.get(key, key), ylabel=unit, ylim=(0, None))
+            ax.set(xlabel=AXES.get(key, key), ylabel=unit)
+            ax.set_ylim(0, 1.2*max(max(found[measure]['y']) for found in engines.values()))
             ax.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=150)
     return Path(path)
