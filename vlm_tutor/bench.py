@@ -701,7 +701,7 @@ def engine_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/25_bench.ipynb #97248a14
+# %% ../nbs/25_bench.ipynb #fef75f57
 def _head(record, name):
     "What stands above the table of a point"
     at = record['points'][name]
@@ -714,10 +714,11 @@ def _head(record, name):
 def _foot(record):
     "Provenance in one line, and what was projected"
     on, made = record['hardware'], record['versions']
-    peers = {engine['measured_epochs'] for at in record['points'].values() for name, engine in at['engines'].items()
-             if name != 'ours'} - {None}
-    ran = ', '.join(f'{n:g}' for n in sorted(peers))
-    cut = f'; others ran {ran} epochs, longer ones are projected' if peers else ''
+    kept = [engine for at in record['points'].values() for engine in at['engines'].values()]
+    short = {engine['measured_epochs'] for engine in kept
+             if engine['measured_epochs'] and engine['measured_epochs'] < max(map(int, engine['epochs']))}
+    ran = ' and '.join(f'{n:g}' for n in sorted(short))
+    cut = f'; runs of {ran} epochs are projected to longer ones' if short else ''
     return (f"`{record['command']}` · {on['cpu']}, {on['cores']} cores, {on['threads']} thread{'s'*(on['threads'] > 1)}"
             f"{''.join(', ' + gpu['name'] for gpu in on['gpus'])} · torch {made['torch']}, transformers "
             f"{made['transformers']} · commit {record['commit'] or 'unknown'} · seed {record['seed']}, "
