@@ -14,14 +14,16 @@ __all__ = ['SETTINGS', 'ENGINE', 'EXPERIMENT', 'CHOICES', 'PEERS', 'WORK_KEYS', 
            'bench_record', 'spread', 'engine_rows', 'law_rows', 'show_bench', 'plot_ratios', 'plot_laws', 'result_file',
            'check_device', 'bench', 'show_recorded']
 
-# %% ../nbs/25_bench.ipynb #1a07993f
+# %% ../nbs/25_bench.ipynb #5d9adc85
 import json, math, os, random, shutil, statistics, subprocess, sys, time
 from pathlib import Path
 from .config import Config, ineffective_keys
 from .core import (ASSETS, CONFIGS, PACKAGE, Example, Result, VlmError, append_jsonl, asset, atomic_write,
                             check_choice, content_hash, json_line, machine, md_table, nearest, read_json_file,
                             read_jsonl, read_yaml, say, show_value, table, versions, write_yaml)
+from .predict import load_run_model
 from .sharegpt import save_dataset_in_sharegpt_format, write_split
+from .sources import load_examples
 
 # %% ../nbs/25_bench.ipynb #51a3fbe4
 SETTINGS = dict(model='scaled-2b', data=None, vocabulary=9496, rows=16, image=[448, 672], answer_tokens=180,
@@ -191,13 +193,16 @@ def _draw_rows(folder, settings, splits):
         write_split(folder/'data', 'bench', split, rows)
     return folder/'data'
 
-# %% ../nbs/25_bench.ipynb #38b18d46
+# %% ../nbs/25_bench.ipynb #714dd2be
 def _find_rows(folder, settings, split):
     "The folder of the data: pages of random words, synthetic receipts, or one that is there"
     n = settings['rows']
     if settings['data'] is None: return _draw_rows(folder, settings, dict(train=n) if split == 'train' else
                                                    dict(train=1, test=n))
-    if settings['data'] != 'synthetic': return settings['data']
+    if settings['data'] != 'synthetic':
+        if (Path(settings['data'])/'dataset_info.json').exists(): return settings['data']
+        raise VlmError(f"no data set in '{settings['data']}'", "null for pages of random words, 'synthetic' for "
+                       "receipts, or a folder that a save- verb made", 'Give one with data=FOLDER')
     save_dataset_in_sharegpt_format(str(folder/'data'), 'synthetic', n=n, name='bench', seed=settings['seed'])
     return folder/'data'
 
@@ -220,7 +225,7 @@ def _write_model(folder, settings):
     atomic_write(video, json.dumps(read_json_file(video) | dict(patch_size=14), indent=2) + '\n')
     return folder
 
-# %% ../nbs/25_bench.ipynb #3b008513
+# %% ../nbs/25_bench.ipynb #363dcca6
 def _image_processor():
     "Pages to patches as the 2B has them: 14 pixels, four to a token"
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -231,24 +236,18 @@ def _write_adapter(folder, settings, model):
     "The adapter that every engine starts from; its second half is not zero, so that all of it shows in the loss"
     import torch
     from vlm_tutor.lora import build_adapter
-    from vlm_tutor.tiny import load_model
     torch.manual_seed(settings['seed'])
-    adapted = build_adapter(load_model(str(model)), Config(lora_rank=settings['lora_rank']))
+    adapted = build_adapter(model, Config(lora_rank=settings['lora_rank']))
     for name, weights in adapted.named_parameters():
         if 'lora_B' in name: torch.nn.init.normal_(weights, std=.01)
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
-# %% ../nbs/25_bench.ipynb #535fcc5a
-def _count_tokens(model, data, name, settings, split):
-    "Tokens of image, prompt and answer over all rows of a split"
-    from vlm_tutor.collate import Preprocess
-    from vlm_tutor.sources import load_examples
-    from vlm_tutor.tiny import load_processor
-    preprocess = Preprocess(load_processor(model), image_max_pixels=settings['image_max_pixels'])
-    counts = [preprocess.lengths(row) for row in load_examples(data, split=split, name=name)[:settings['rows']]]
+def _count_tokens(preprocess, rows):
+    "Tokens of image, prompt and answer of every row"
+    counts = [preprocess.lengths(row) for row in rows]
     return {key: [count[key] for count in counts] for key in ('image', 'prompt', 'answer', 'length')}
 
-# %% ../nbs/25_bench.ipynb #0e1d912b
+# %% ../nbs/25_bench.ipynb #70a6c4a5
 WORK_KEYS = 'model data vocabulary rows image answer_tokens image_max_pixels lora_rank seed'.split()
 
 def make_work(
@@ -265,17 +264,16 @@ def make_work(
     random_weights = settings['model'] in ('scaled-2b', 'embedded-size')
     model = _write_model(folder/'model', settings) if random_weights else resolve_model(settings['model'])
     data = Path(_find_rows(folder, settings, split)).resolve()
-    if not (data/'dataset_info.json').exists():
-        raise VlmError(f"no data set in '{settings['data']}'", "null for pages of random words, 'synthetic' for "
-                       "receipts, or a folder that a save- verb made", 'Give one with data=FOLDER')
     name = list(read_json_file(data/'dataset_info.json'))[0]
-    _write_adapter(folder/'adapter', settings, model)
-    tokens = _count_tokens(str(model), data, name, settings, split)
+    named = Config(model_name_or_path=str(model), image_max_pixels=settings['image_max_pixels'])
+    loaded, preprocess, _ = load_run_model(named, device='cpu')
+    _write_adapter(folder/'adapter', settings, loaded)
+    tokens = _count_tokens(preprocess, load_examples(data, split=split, name=name)[:settings['rows']])
     work = dict(model=str(model), data=str(data), dataset=name, adapter=str(folder/'adapter'), tokens=tokens)
     atomic_write(folder/'work.json', json.dumps(work, indent=1))
     return work
 
-# %% ../nbs/25_bench.ipynb #a6b67f78
+# %% ../nbs/25_bench.ipynb #94fda678
 def make_venv(
     peer: str,  # one of `PEERS`
     folder: str | Path,  # where environments are kept
@@ -302,7 +300,7 @@ def engine_python(
     "The Python that an engine runs with: its peer's, or this one"
     return str(make_venv(engine['peer'], venvs)) if engine['peer'] else sys.executable
 
-# %% ../nbs/25_bench.ipynb #63844e0b
+# %% ../nbs/25_bench.ipynb #c060ed63
 JOB_KEYS = 'batch accumulation learning_rate dtype threads seed image_max_pixels lora_rank rows'.split()
 
 def make_job(
@@ -322,7 +320,7 @@ def make_job(
     return job | dict(epochs=settings['epochs' if about['worker'] == 'ours' else 'peer_epochs'], ordered=check,
                       max_steps=settings['check_steps'] if check else -1, max_new_tokens=-(-longest*5//4//64)*64)
 
-# %% ../nbs/25_bench.ipynb #88f27a38
+# %% ../nbs/25_bench.ipynb #d8fc10d3
 def own_config(
     job: dict,  # from `make_job`
     output: str,  # the run folder
@@ -337,7 +335,7 @@ def own_config(
         use_cpu=job['device'] == 'cpu', bf16=job['dtype'] == 'bfloat16', seed=job['seed'],
         disable_gradient_checkpointing=not job['checkpointing'], disable_shuffling=job['ordered']) | job['settings']
 
-# %% ../nbs/25_bench.ipynb #a61aa5e0
+# %% ../nbs/25_bench.ipynb #1ab658b1
 def worker_environment(
     job: dict,  # from `make_job`
     folder: Path,  # where the worker may write
@@ -352,7 +350,7 @@ def worker_environment(
     if job['worker'] == 'ours': found |= dict(PYTHONPATH=str(PACKAGE.parent))
     return found
 
-# %% ../nbs/25_bench.ipynb #8d0d63e9
+# %% ../nbs/25_bench.ipynb #61a1430c
 def run_worker(
     job: dict,  # from `make_job`
     python: str,  # from `engine_python`
@@ -374,7 +372,7 @@ def run_worker(
     last = [line for line in (folder/'log.txt').read_text(errors='replace').splitlines() if line.strip()] or ['']
     raise VlmError(f"the worker '{job['worker']}' failed: {last[-1].strip()[:300]}", remedy=f"Read {folder/'log.txt'}")
 
-# %% ../nbs/25_bench.ipynb #45193aa2
+# %% ../nbs/25_bench.ipynb #59832fe4
 def check_losses(
     losses: dict,  # {engine: loss of every step}; ours first
     tolerance: float,  # largest relative difference
@@ -394,7 +392,7 @@ def check_losses(
             worst = max(worst, apart)
     return worst
 
-# %% ../nbs/25_bench.ipynb #d637433e
+# %% ../nbs/25_bench.ipynb #1a921a83
 def check_answers(
     answers: dict,  # {engine: text of every row}; ours first
     share: float = .9,  # of texts that must be equal
@@ -408,7 +406,7 @@ def check_answers(
                            remedy=f'At least {share:.0%} must be equal')
     return min(equal)
 
-# %% ../nbs/25_bench.ipynb #53f83491
+# %% ../nbs/25_bench.ipynb #27fd0afb
 def code_hash() -> str:  # 16 hex digits
     "What is measured, by content: this package's modules and the workers"
     return content_hash(*sorted(PACKAGE.glob('*.py')), *sorted((ASSETS/'peers').glob('[a-z]*.py')))
@@ -420,7 +418,7 @@ def plan_runs(
     "The runs of a point in their order: a check of each, then all in turn"
     return [('check', 0, name) for name in engines] + [('race', i, name) for i in range(repeats) for name in engines]
 
-# %% ../nbs/25_bench.ipynb #409bc06b
+# %% ../nbs/25_bench.ipynb #9ed760a2
 def run_key(
     job: dict,  # from `make_job`
     about: list,  # point, engine, phase, repeat
@@ -446,7 +444,7 @@ def one_run(
     append_jsonl(file, line)
     return line
 
-# %% ../nbs/25_bench.ipynb #9578ce47
+# %% ../nbs/25_bench.ipynb #812c114c
 def said(
     line: dict,  # a run
 ) -> str:
@@ -457,7 +455,7 @@ def said(
     held = line['memory'].get('gpu', line['memory']['rss'])
     return f"{where} {line['total'][0]:.1f} CPU-s   {line['total'][1]:.1f} s   {held:.0f} MiB"
 
-# %% ../nbs/25_bench.ipynb #e0102d72
+# %% ../nbs/25_bench.ipynb #baa04df4
 def run_point(
     experiment: dict,  # from `load_experiment`
     name: str,  # of the point
@@ -479,7 +477,7 @@ def _check(task, lines, settings):
     if task == 'predict': return check_answers({line['engine']: line['answers'] for line in lines})
     return check_losses({line['engine']: line['losses'] for line in lines}, settings['tolerance'])
 
-# %% ../nbs/25_bench.ipynb #c72422e8
+# %% ../nbs/25_bench.ipynb #f5f52906
 def coverage(
     n: int,  # how many values were measured
     k: int,  # how many are cut off at either end
@@ -496,7 +494,7 @@ def middle(
     return dict(median=statistics.median(ordered), low=ordered[k], high=ordered[n - 1 - k], n=n,
                 coverage=round(coverage(n, k), 4))
 
-# %% ../nbs/25_bench.ipynb #80d1acb6
+# %% ../nbs/25_bench.ipynb #ce17d21d
 def cost(
     line: dict,  # a run: its marks and total
     per_epoch: int,  # steps in an epoch
@@ -516,7 +514,7 @@ def steps_per_epoch(
     "Optimiser steps in one pass over the rows"
     return math.ceil(math.ceil(settings['rows']/settings['batch'])/settings['accumulation'])
 
-# %% ../nbs/25_bench.ipynb #78e0c941
+# %% ../nbs/25_bench.ipynb #0ae05dba
 def figures(
     lines: list,  # the runs of one engine at one point
     settings: dict,  # of the point
@@ -533,7 +531,7 @@ def figures(
                 tokens_per_second=middle([every/w for w in wall]),
                 supervised_tokens_per_second=middle([learned/w for w in wall]))
 
-# %% ../nbs/25_bench.ipynb #82c35f90
+# %% ../nbs/25_bench.ipynb #1a48bf98
 def engine_record(
     lines: list,  # the runs of one engine at one point
     settings: dict,  # of the point
@@ -549,7 +547,7 @@ def engine_record(
                 measured_epochs=(len(first['marks']) - 1)/steps_per_epoch(settings) if first['marks'] else None,
                 last_loss=first['losses'][-1] if first['losses'] else None)
 
-# %% ../nbs/25_bench.ipynb #b5febdb0
+# %% ../nbs/25_bench.ipynb #7c0985ad
 def ratios(
     lines: dict,  # {engine: its runs}; ours first
     settings: dict,  # of the point
@@ -566,7 +564,7 @@ def ratios(
         found[name] = dict(speed=speed, memory=middle([a['memory'][held]/b['memory'][held] for a, b in pairs]))
     return found
 
-# %% ../nbs/25_bench.ipynb #6588b179
+# %% ../nbs/25_bench.ipynb #bf483897
 def better(
     engines: dict,  # {name: engine} of the experiment
     found: dict,  # from `ratios`
@@ -578,7 +576,7 @@ def better(
     return {peer: min(names, key=lambda name: found[name]['speed'][str(epochs)]['median'])
             for peer, names in families.items()}
 
-# %% ../nbs/25_bench.ipynb #7471862c
+# %% ../nbs/25_bench.ipynb #67c5f0aa
 def point_record(
     experiment: dict,  # from `load_experiment`
     settings: dict,  # of the point
@@ -594,7 +592,7 @@ def point_record(
                 engines={name: engine_record(runs, settings, tokens, report) for name, runs in lines.items()},
                 ratios=found, better=better(experiment['engines'], found, report[-1]))
 
-# %% ../nbs/25_bench.ipynb #497f6dd9
+# %% ../nbs/25_bench.ipynb #4bbe16f1
 def _line(xs, ys):
     "Least squares: intercept and slope"
     x, y = statistics.fmean(xs), statistics.fmean(ys)
@@ -615,7 +613,7 @@ def fit_law(
     law, spread = min(laws, key=miss), sum((y - statistics.fmean(ys))**2 for y in ys)
     return dict(law=law, a=laws[law][0], b=laws[law][1], r2=1 - miss(law)/spread if spread else 1.)
 
-# %% ../nbs/25_bench.ipynb #1c47084d
+# %% ../nbs/25_bench.ipynb #a7ac5431
 def law_value(
     law: dict,  # from `fit_law`
     x: float,  # where
@@ -623,7 +621,7 @@ def law_value(
     "What a law says"
     return law['a'] + law['b']*x if law['law'] == 'linear' else law['a']*x**law['b']
 
-# %% ../nbs/25_bench.ipynb #cff03231
+# %% ../nbs/25_bench.ipynb #bb35093d
 def amount(
     key: str,  # what varies
     record: dict,  # of a point
@@ -649,7 +647,7 @@ def laws(
             by_engine[engine] = {name: fit_law(xs, values) | dict(x=xs, y=values) for name, values in ys.items()}
     return found
 
-# %% ../nbs/25_bench.ipynb #6149e861
+# %% ../nbs/25_bench.ipynb #c1baaec6
 def bench_record(
     experiment: dict,  # from `load_experiment`
     command: str,  # that was given
@@ -671,13 +669,13 @@ def spread(
     "A median with its interval"
     return f"{values['median']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
 
-# %% ../nbs/25_bench.ipynb #970d99a2
+# %% ../nbs/25_bench.ipynb #1539d2d0
 def _aim(aims, name, times):
     "The aim for one engine, and whether it was met"
     if name not in aims: return ''
     return f"{aims[name]}: {'met' if times['median'] >= aims[name] else 'missed'}"
 
-# %% ../nbs/25_bench.ipynb #c35c47e8
+# %% ../nbs/25_bench.ipynb #fbbb40a1
 def engine_rows(
     record: dict,  # from `bench_record`
     point: str,  # its name
@@ -701,7 +699,7 @@ def engine_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/25_bench.ipynb #fef75f57
+# %% ../nbs/25_bench.ipynb #33ffeb3a
 def _head(record, name):
     "What stands above the table of a point"
     at = record['points'][name]
@@ -724,7 +722,7 @@ def _foot(record):
             f"{made['transformers']} · commit {record['commit'] or 'unknown'} · seed {record['seed']}, "
             f"{record['n']} runs each, median and interval{cut}")
 
-# %% ../nbs/25_bench.ipynb #f1666a08
+# %% ../nbs/25_bench.ipynb #629f0924
 def law_rows(
     record: dict,  # from `bench_record`
 ) -> list:  # dicts, one for each thing that varies and each engine
@@ -747,7 +745,7 @@ def show_bench(
         for name in record['points']: parts += [_head(record, name), draw(engine_rows(record, name))]
     return '\n\n'.join([f"{record['what']}", *parts, _foot(record)])
 
-# %% ../nbs/25_bench.ipynb #f4d91a2d
+# %% ../nbs/25_bench.ipynb #7371f8f6
 def _draw_ratios(ax, at, colour):
     "One bar for each other engine"
     names = list(at['ratios'])
@@ -762,7 +760,7 @@ def _draw_ratios(ax, at, colour):
     ax.set_xlim(0, 1.2*max([1, *(value['high'] for value in times)]))
     ax.invert_yaxis()
 
-# %% ../nbs/25_bench.ipynb #d93e9dd9
+# %% ../nbs/25_bench.ipynb #d1614d6e
 def plot_ratios(
     record: dict,  # from `bench_record`
     path: str | Path,  # a PNG to write
@@ -781,7 +779,7 @@ def plot_ratios(
     figure.savefig(path, dpi=150)
     return Path(path)
 
-# %% ../nbs/25_bench.ipynb #393b3c43
+# %% ../nbs/25_bench.ipynb #450bcc1a
 AXES = dict(rows='examples', image='image tokens', answer_tokens='answer tokens', lora_rank='rank')
 
 def plot_laws(
@@ -808,7 +806,7 @@ def plot_laws(
     figure.savefig(path, dpi=150)
     return Path(path)
 
-# %% ../nbs/25_bench.ipynb #8c4dd089
+# %% ../nbs/25_bench.ipynb #c351d671
 RESULTS = Path('nbs/bench/results')  # in a checkout
 
 def result_file(
@@ -829,7 +827,7 @@ def check_device(
         raise VlmError(f"experiment '{experiment['name']}' needs a GPU, and torch finds none here",
                        remedy='Run it on a machine with a CUDA GPU, or choose another experiment: vlm bench')
 
-# %% ../nbs/25_bench.ipynb #f6c32a06
+# %% ../nbs/25_bench.ipynb #20d77e8f
 def _check_numbers(experiment, points):
     "Refuse 16 bits where our own engine does not compute in them"
     for name, settings in points.items():
@@ -839,7 +837,7 @@ def _check_numbers(experiment, points):
             raise VlmError(f"point '{name}' is in bfloat16, but {idle['bf16']}",
                            remedy='Leave it out: name the others with --points')
 
-# %% ../nbs/25_bench.ipynb #57f0f980
+# %% ../nbs/25_bench.ipynb #110fed10
 def _list_experiments():
     "The experiments with the first line of each file"
     rows = [dict(experiment=name, what=path.read_text().splitlines()[0].lstrip('# '))
@@ -852,7 +850,7 @@ def _command(name, points, repeats, overrides):
     return ' '.join(['vlm bench', str(name), *overrides, *(['--points', *points] if points else []),
                      *([f'--repeats {repeats}'] if repeats else [])])
 
-# %% ../nbs/25_bench.ipynb #1c577ac2
+# %% ../nbs/25_bench.ipynb #13b1c5fb
 def bench(
     name: str | None = None,  # an experiment, or a YAML file of your own; lists them when missing
     points: list = (),  # only these points
@@ -876,7 +874,7 @@ def bench(
     atomic_write(file, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     return Result(record, show_bench(record, markdown=False) + f'\n\nresult  {file}', show_bench(record))
 
-# %% ../nbs/25_bench.ipynb #11688b96
+# %% ../nbs/25_bench.ipynb #474a5e70
 def show_recorded(
     folder: str | Path,  # of result files
     name: str,  # an experiment
