@@ -179,9 +179,15 @@ def test_a_recorded_result_says_where_it_comes_from(path):
     record = json.loads(path.read_text())
     assert record["command"].startswith("vlm ") and re.fullmatch(r"[0-9a-f]{7,40}", record["commit"])
     assert isinstance(record["seed"], int) and record["versions"]["torch"] and record["hardware"]["cpu"]
-    for group in record["groups"].values():
+    assert record.get("groups") or record.get("points"), "scores of groups, or points of a bench"
+    for group in record.get("groups", {}).values():
         low, high = group["ci"]["field_f1"]
         assert group["n"] >= 2 and low <= group["field_f1"] <= high
+    for point in record.get("points", {}).values():
+        for engine in point["engines"].values():
+            lengths = [length["samples_per_cpu_second"] for length in engine["epochs"].values()]
+            for figure in [engine["startup_seconds"], *lengths]:
+                assert figure["n"] >= 2 and figure["low"] <= figure["median"] <= figure["high"]
 
 
 # --- what must not be in the repository -------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ VERBS = {
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),
     'compare': ('compare:compare', 'Show groups side by side: tables, two plots and one page with every receipt'),
+    'bench': ('bench:bench', 'Measure our engine beside the peers, after a check that all learn the same'),
     'quickstart': ('quickstart:quickstart', 'The whole job on synthetic receipts, in minutes on a CPU'),
 }
 

@@ -268,7 +268,7 @@ def step(self: Engine,
     self.steps_done += 1
     return dict(loss=loss, grad_norm=norm.item(), learning_rate=rate)
 
-# %% ../nbs/17a_engine.ipynb #5e0f5fc9
+# %% ../nbs/17a_engine.ipynb #6a728bae
 def shard(
     model, # a PeftModel on its device
 ):
@@ -279,7 +279,8 @@ def shard(
         if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
             raise VlmError(f'fsdp cannot share weights of the kinds {sorted(map(str, kinds))}', 'one kind of numbers',
                            'Train without fsdp, or without quantisation')
-        fully_shard(layer, reshard_after_forward=True, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        learning = {p for p in layer.parameters() if p.requires_grad}
+        fully_shard(layer, reshard_after_forward=True, ignored_params=learning)
 
 # %% ../nbs/17a_engine.ipynb #f7a96043
 STATE = 'trainer_state.json'
@@ -323,7 +324,7 @@ def _wait(self: Engine):
     "Let the processes meet here"
     if self.processes > 1: dist.barrier()
 
-# %% ../nbs/17a_engine.ipynb #a1283f9e
+# %% ../nbs/17a_engine.ipynb #bbe67129
 @patch
 def save(self: Engine,
     run, # a `RunFolder`
@@ -346,7 +347,8 @@ def save(self: Engine,
     if rank == 0:
         shutil.rmtree(goal, ignore_errors=True)
         os.replace(half, goal)
-        for old in sorted(run.checkpoints.glob('checkpoint-*'), key=steps_done)[:-keep if keep else 0]: shutil.rmtree(old)
+        whole = sorted(run.checkpoints.glob('checkpoint-*'), key=steps_done)
+        for old in whole[:-keep if keep else 0]: shutil.rmtree(old)
     return goal
 
 # %% ../nbs/17a_engine.ipynb #b748813c

@@ -355,7 +355,7 @@ def _prepare(config, run, device, loaded, data, examples, validation):
     _announce(config, device, counts, left_out, engine, why)
     return Watch(run, engine, before, not rank), Rows(kept, preprocess, store), Rows(validation, preprocess, store)
 
-# %% ../nbs/18_train.ipynb #a158c454
+# %% ../nbs/18_train.ipynb #47b80a7c
 def _finish(watch, base):
     "Save the adapter, close the log, draw the curve"
     run, config = watch.run, watch.engine.config
@@ -372,7 +372,7 @@ def _one_voice():
     if os.environ.get('RANK', '0') == '0':
         yield
         return
-    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere): yield
+    with open(os.devnull, 'w') as away, contextlib.redirect_stdout(away), contextlib.redirect_stderr(away): yield
 
 def _judge(watch, preprocess, rows):
     "What a validation finds"
