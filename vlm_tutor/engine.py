@@ -351,7 +351,7 @@ def save(self: Engine,
         for old in whole[:-keep if keep else 0]: shutil.rmtree(old)
     return goal
 
-# %% ../nbs/17a_engine.ipynb #b748813c
+# %% ../nbs/17a_engine.ipynb #ab98f1bd
 def read_tensors(
     path: Path, # a safetensors file of a checkpoint
 ) -> dict: # name: tensor
@@ -360,8 +360,8 @@ def read_tensors(
     from safetensors.torch import load_file
     try: return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise VlmError(f"cannot read '{path}': {error}", remedy=f"Delete '{path.parent}' to go on from the one before") \
-            from None
+        remedy = f"Delete '{path.parent}' to go on from the one before"
+        raise VlmError(f"cannot read '{path}': {error}", remedy=remedy) from None
 
 # %% ../nbs/17a_engine.ipynb #4196eb50
 @patch

@@ -151,11 +151,12 @@ def generate(
     "The model's greedy answers to a batch of questions"
     import torch
     from vlm_tutor.collate import to_device
+    from vlm_tutor.features import swift
     batch = preprocess.collate(rows, side='left')
     batch = to_device({name: value for name, value in batch.items() if name != 'labels'}, model.device)
     greedy = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None)
     limits = dict(max_new_tokens=max_new_tokens, pad_token_id=preprocess.tokenizer.pad_token_id)
-    with torch.inference_mode(): ids = model.generate(**batch, **greedy, **limits)
+    with torch.inference_mode(), swift(model): ids = model.generate(**batch, **greedy, **limits)
     return [preprocess.decode(new) for new in ids[:, batch['input_ids'].shape[1]:]]
 
 # %% ../nbs/17_predict.ipynb #1139dd15
