@@ -198,51 +198,53 @@ def pack(
     return dict(ids=torch.cat(ids), positions=torch.cat(positions, 1), labels=torch.cat(labels),
                 lengths=[len(one) for one in ids])
 
-# %% ../nbs/14a_lean.ipynb #bc3acf7b
-BLOCK = 128 # queries at once
+# %% ../nbs/14a_lean.ipynb #5e30b8c3
+BLOCK = 64 # queries at once
 
-def _block(q, k, a, b, heads):
-    "Queries from a to b of some heads that share the key k, and their attention weights"
-    one = q[a:b, heads].transpose(0, 1).reshape(-1, q.shape[-1])
-    scores = product(one, k[:b]).float().mul_(q.shape[-1]**-.5).view(-1, b - a, b)
-    later = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu_(1)
-    scores[..., a:].masked_fill_(later, float('-inf'))
+def _by_key(x, k):
+    "Tokens × heads × width as key heads × heads of each × tokens × width"
+    return x.transpose(0, 1).reshape(k.shape[1], -1, len(x), x.shape[-1])
+
+def _block(q, k, a, b):
+    "Queries from a to b of all heads, and their attention weights in 32 bits"
+    one = q[:, :, a:b].reshape(len(q), -1, q.shape[-1])
+    scores = torch.bmm(one, k[:, :b].transpose(1, 2)).float().mul_(q.shape[-1]**-.5).view(len(q), -1, b - a, b)
+    scores[..., a:].masked_fill_(torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu_(1), float('-inf'))
     return one, scores.softmax(-1)
 
-def _blocks(q, k):
-    "Key head, its query heads, first and last query of every block"
-    n, group = k.shape[1], q.shape[1]//k.shape[1]
-    return [(j, slice(j*group, (j + 1)*group), a, min(len(q), a + BLOCK)) for j in range(n)
-            for a in range(0, len(q), BLOCK)]
+def _block_gradients(one, g, p, k, v, d):
+    "Gradients of a block's queries, of the keys and of the values up to its end"
+    dv = torch.bmm(p.to(one.dtype).flatten(1, 2).transpose(1, 2), g)
+    ds = torch.bmm(g, v.transpose(1, 2)).float().view_as(p).sub_(d).mul_(p).mul_(one.shape[-1]**-.5)
+    ds = ds.to(one.dtype).flatten(1, 2)
+    return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), one), dv
 
-def _back(x, like): return x.view(like.shape[1], like.shape[0], -1).transpose(0, 1)
-
-# %% ../nbs/14a_lean.ipynb #3dc151fc
+# %% ../nbs/14a_lean.ipynb #8503ce97
 class BlockAttention(Function):
     "Causal attention of one row (tokens × heads × width) in blocks; keeps its inputs and its output"
     @staticmethod
     def forward(ctx, q, k, v):
-        out, ks, vs = torch.empty_like(q), k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-        for j, heads, a, b in _blocks(q, k):
-            _, p = _block(q, ks[j], a, b, heads)
-            out[a:b, heads] = _back(product(p.to(q.dtype).flatten(0, 1), vs[j, :b].T), out[a:b, heads])
+        out, qs, ks, vs = torch.empty_like(q), _by_key(q, k), _by_key(k, k)[:, 0], _by_key(v, k)[:, 0]
+        for a in range(0, len(q), BLOCK):
+            b = min(len(q), a + BLOCK)
+            _, p = _block(qs, ks, a, b)
+            out[a:b] = torch.bmm(p.to(q.dtype).flatten(1, 2), vs[:, :b]).view(-1, b - a, q.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(q, k, v, out)
         return out
 
     @staticmethod
     def backward(ctx, g):
         q, k, v, out = ctx.saved_tensors
-        ks, vs = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-        dq, dk, dv, d = torch.empty_like(q), torch.zeros_like(ks), torch.zeros_like(vs), (g.float()*out.float()).sum(-1)
-        for j, heads, a, b in _blocks(q, k):
-            one, p = _block(q, ks[j], a, b, heads)
-            g_one, flat = g[a:b, heads].transpose(0, 1).reshape(one.shape), p.to(q.dtype).flatten(0, 1)
-            dv[j, :b] += product(flat.T, g_one.T)
-            ds = product(g_one, vs[j, :b]).float().view_as(p).sub_(d[a:b, heads].T[..., None]).mul_(p)
-            ds = ds.mul_(q.shape[-1]**-.5).to(q.dtype).flatten(0, 1)
-            dq[a:b, heads] = _back(product(ds, ks[j, :b].T), dq[a:b, heads])
-            dk[j, :b] += product(ds.T, one.T)
-        return dq, dk.transpose(0, 1), dv.transpose(0, 1)
+        qs, ks, vs, gs = _by_key(q, k), _by_key(k, k)[:, 0], _by_key(v, k)[:, 0], _by_key(g, k)
+        dq, dk, dv = torch.empty_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+        d = _by_key((g.float()*out.float()).sum(-1, keepdim=True), k)
+        for a in range(0, len(q), BLOCK):
+            b = min(len(q), a + BLOCK)
+            one, p = _block(qs, ks, a, b)
+            parts = _block_gradients(one, gs[:, :, a:b].reshape(one.shape), p, ks[:, :b], vs[:, :b], d[:, :, a:b])
+            dq[:, :, a:b] = parts[0].view(len(ks), -1, b - a, q.shape[-1])
+            for whole, part in zip((dk, dv), parts[1:]): whole[:, :b] += part
+        return dq.flatten(0, 1).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
 # %% ../nbs/14a_lean.ipynb #50fe93b1
 def _varlen():

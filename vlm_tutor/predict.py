@@ -6,11 +6,13 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/predict.html.md"""
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'BASE_FILE', 'split_examples', 'model_hash', 'adapter_hash', 'choose_adapter', 'check_base',
-           'choose_device', 'load_run_model', 'answer_limit', 'generate', 'answer_batch', 'image_hash', 'what_changed',
+           'touches_vision', 'choose_device', 'load_run_model', 'switch', 'answer_limit', 'json_depth', 'JsonEnd',
+           'asks_for_json', 'read_schema', 'schema_processor', 'generate', 'answer_batch', 'image_hash', 'what_changed',
            'set_aside', 'rows_on_file', 'predict']
 
 # %% ../nbs/17_predict.ipynb #af544448
-import os, time
+import json, os, time
+from importlib.util import find_spec
 from pathlib import Path
 
 from .config import choose_rows, cpu_has_bf16, load_config
@@ -87,6 +89,14 @@ def check_base(
         raise VlmError(f"adapter '{adapter}' was trained on {base['name']} ({base['hash']}), not on {name} ({hash})",
                        remedy='Use the base it was trained on, or train again')
 
+# %% ../nbs/17_predict.ipynb #da0d20d4
+def touches_vision(
+    adapter: str|Path, # the adapter's folder
+) -> bool:
+    "Does an adapter change the vision part?"
+    from safetensors import safe_open
+    with safe_open(Path(adapter)/ADAPTER_FILES[1], 'pt') as file: return any('visual' in name for name in file.keys())
+
 # %% ../nbs/17_predict.ipynb #70448aa9
 os.environ.setdefault('GOMP_SPINCOUNT', '2000')
 
@@ -131,6 +141,30 @@ def load_run_model(
             if dtype.itemsize == 4: model = model.merge_and_unload()
     return model.eval(), preprocess, found
 
+# %% ../nbs/17_predict.ipynb #2d3d9764
+def switch(
+    config, # a `Config`
+    folder: Path|None, # the adapter's folder; None for the base alone
+    name: str, # of the group
+    loaded: tuple|None = None, # what the last call returned
+    alone: bool = True, # is this the only group?
+    device: str = 'auto', # "auto", "cpu" or "cuda"
+) -> tuple: # model, `Preprocess`, content hash of the base
+    "The model of a group, from the one at hand when there is one"
+    if alone: return load_run_model(config, folder, device)
+    model, preprocess, base = loaded or load_run_model(config, None, device)
+    from peft import PeftModel
+    from vlm_tutor.lora import no_chatter
+    if folder:
+        check_base(folder, config.model_name_or_path, base)
+        with no_chatter():
+            if isinstance(model, PeftModel): model.load_adapter(folder, name)
+            else: model = PeftModel.from_pretrained(model, folder, name)
+            model.set_adapter(name)
+            model.base_model.enable_adapter_layers()
+    elif isinstance(model, PeftModel): model.base_model.disable_adapter_layers()
+    return model.eval(), preprocess, base
+
 # %% ../nbs/17_predict.ipynb #b8e02fa4
 def answer_limit(
     preprocess, # a `Preprocess`
@@ -141,12 +175,76 @@ def answer_limit(
     rounded = -(-longest*5//4//64)*64
     return min(rounded or 1024, preprocess.cutoff_len)
 
+# %% ../nbs/17_predict.ipynb #7e3e1278
+def json_depth(
+    text: str, # what is new
+    state: tuple = (0, False, False, False), # depth, inside a string?, behind a backslash?, anything opened?
+) -> tuple: # the state after it
+    "Follow the brackets of JSON through a piece of text"
+    depth, inside, behind, opened = state
+    for c in text:
+        if opened and not depth: break
+        if behind: behind = False
+        elif inside and c == '\\': behind = True
+        elif c == '"' and opened: inside = not inside
+        elif not inside and c in '{[': depth, opened = depth + 1, True
+        elif not inside and c in '}]' and opened: depth -= 1
+    return depth, inside, behind, opened
+
+# %% ../nbs/17_predict.ipynb #a13e1278
+class JsonEnd:
+    "Tells `generate` which rows have closed their first bracket"
+    def __init__(self, tokenizer): self.tokenizer, self.texts, self.states = tokenizer, {}, None
+
+    def __call__(self, ids, scores, **keys):
+        import torch
+        if self.states is None: self.states = [(0, False, False, False)]*len(ids)
+        for i, id in enumerate(ids[:, -1].tolist()):
+            if id not in self.texts: self.texts[id] = self.tokenizer.decode([id], skip_special_tokens=True)
+            self.states[i] = json_depth(self.texts[id], self.states[i])
+        return torch.tensor([opened and not depth for depth, _, _, opened in self.states], device=ids.device)
+
+# %% ../nbs/17_predict.ipynb #f46c1c8b
+def asks_for_json(
+    examples: list, # `Example`s
+) -> bool:
+    "Are all answers of a split JSON objects or lists?"
+    targets = [example.target.lstrip() for example in examples if example.target]
+    return bool(targets) and all(target[0] in '{[' for target in targets)
+
+# %% ../nbs/17_predict.ipynb #6ad59f34
+def read_schema(
+    path: str|None, # a JSON Schema file
+) -> dict|None: # the schema
+    "A JSON Schema from a file, and whether xgrammar is there to use it"
+    if path is None: return None
+    schema = read_json_file(path)
+    if not isinstance(schema, dict): raise VlmError(f"'{path}' is no JSON Schema: it holds no object")
+    if not find_spec('xgrammar'):
+        raise VlmError('answers are held to a schema by xgrammar, which is not installed',
+                       remedy='pip install "vlm_tutor[schema]"')
+    return schema
+
+def schema_processor(
+    schema: dict, # a JSON Schema
+    preprocess, # a `Preprocess`
+    model, # tells the width of its scores
+): # a logits processor for `generate`
+    "Allow only tokens that keep an answer valid under the schema"
+    import xgrammar
+    from xgrammar.contrib.hf import LogitsProcessor
+    width = model.get_output_embeddings().weight.shape[0]
+    info = xgrammar.TokenizerInfo.from_huggingface(preprocess.tokenizer, vocab_size=width)
+    return LogitsProcessor(xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(schema)))
+
 # %% ../nbs/17_predict.ipynb #a38cbc38
 def generate(
     model, # a model in evaluation mode
     preprocess, # a `Preprocess`
     rows: list, # what `preprocess.encode` made, without answers
     max_new_tokens: int, # tokens an answer may have
+    until_json: bool = False, # stop a row when its first JSON value is complete
+    schema: dict|None = None, # a JSON Schema that answers are held to; needs xgrammar
 ) -> list: # texts
     "The model's greedy answers to a batch of questions"
     import torch
@@ -156,6 +254,8 @@ def generate(
     batch = to_device({name: value for name, value in batch.items() if name != 'labels'}, model.device)
     greedy = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None)
     limits = dict(max_new_tokens=max_new_tokens, pad_token_id=preprocess.tokenizer.pad_token_id)
+    if until_json: limits['stopping_criteria'] = [JsonEnd(preprocess.tokenizer)]
+    if schema: limits['logits_processor'] = [schema_processor(schema, preprocess, model)]
     with torch.inference_mode(), swift(model): ids = model.generate(**batch, **greedy, **limits)
     return [preprocess.decode(new) for new in ids[:, batch['input_ids'].shape[1]:]]
 
@@ -165,13 +265,18 @@ def answer_batch(
     preprocess, # a `Preprocess`
     examples: list, # one batch of `Example`s
     max_new_tokens: int, # tokens an answer may have
+    features = None, # a `Features`, in place of pixels
+    until_json: bool = False, # stop a row when its first JSON value is complete
+    schema: dict|None = None, # a JSON Schema that answers are held to
 ) -> list: # (raw text, error or None), one for each example
     "Answers to a batch; what fails is tried alone, then recorded"
-    try: return [(text, None) for text in
-                 generate(model, preprocess, [preprocess.encode(e, answer=False) for e in examples], max_new_tokens)]
+    try:
+        rows = [preprocess.encode(e, answer=False, features=features) for e in examples]
+        return [(text, None) for text in generate(model, preprocess, rows, max_new_tokens, until_json, schema)]
     except Exception as error:
         if len(examples) == 1: return [('', f'{type(error).__name__}: {error}')]
-    return [answer for e in examples for answer in answer_batch(model, preprocess, [e], max_new_tokens)]
+    more = max_new_tokens, features, until_json, schema
+    return [answer for e in examples for answer in answer_batch(model, preprocess, [e], *more)]
 
 # %% ../nbs/17_predict.ipynb #df12cd11
 def image_hash(
@@ -234,12 +339,13 @@ def _by_length(examples, preprocess):
         except VlmError: return 0
     return sorted(examples, key=length, reverse=True)
 
-def _predict_rows(path, now, todo, model, preprocess, batch_size):
+def _predict_rows(path, now, todo, model, preprocess, batch_size, features, schema):
     "Answer `todo` batch by batch and append each row to the file"
-    bar, limit = Progress(len(todo), 'predict', 'row'), now['decoding']['max_new_tokens']
+    bar, keys = Progress(len(todo), 'predict', 'row'), dict(now['decoding'])
+    keys = dict(max_new_tokens=keys['max_new_tokens'], until_json=keys['until_json'], schema=schema, features=features)
     for start in range(0, len(todo), batch_size):
         batch, began = todo[start:start + batch_size], time.perf_counter()
-        answers = answer_batch(model, preprocess, batch, limit)
+        answers = answer_batch(model, preprocess, batch, **keys)
         seconds = (time.perf_counter() - began)/len(batch)
         for example, (raw, error) in zip(batch, answers):
             append_jsonl(path, dict(id=example.id, raw=raw, seconds=round(seconds, 4), **now, prompt=example.prompt,
@@ -259,35 +365,61 @@ def _predict_result(run, group, split, wanted, reused):
     text += (f'   {errors} failed' if errors else '') + ('   done before' if reused == len(rows) else '')
     return Result(facts, f'{text}\nfile  {path}\nnext  vlm evaluate {run.path} --group {group}')
 
-def _open_group(run, config, group, split, examples, adapter, device):
-    "The model of a group, its preprocessing, and what its rows will carry"
-    folder = choose_adapter(run, group, adapter)
-    model, preprocess, base = load_run_model(config, folder, device)
+# %% ../nbs/17_predict.ipynb #16761ee4
+def _told(config, folder, loaded, split, examples, schema):
+    "What the rows of a group will carry"
+    model, preprocess, base = loaded
     decoding = dict(do_sample=False, max_new_tokens=answer_limit(preprocess, examples),
-                    dtype=str(model.dtype).removeprefix('torch.'), **preprocess.size)
-    now = dict(model=f'{config.model_name_or_path}@{base}', adapter=folder and adapter_hash(folder), decoding=decoding)
-    return model, preprocess, now | dict(split=split)
+                    until_json=asks_for_json(examples), dtype=str(model.dtype).removeprefix('torch.'))
+    decoding |= preprocess.size
+    if schema: decoding['schema'] = content_hash(json.dumps(schema, sort_keys=True).encode())
+    return dict(model=f'{config.model_name_or_path}@{base}', adapter=folder and adapter_hash(folder),
+                decoding=decoding, split=split)
+
+def _store(run, loaded):
+    "Kept image features of the base, or None where they cannot be kept"
+    from vlm_tutor.features import Features, features_key, why_not_kept
+    model, preprocess, base = loaded
+    if why_not_kept(model): return None
+    return Features(model, preprocess, features_key(base, preprocess, model.dtype), run.path/'features')
+
+def _groups(run, group, adapter):
+    "Names of groups, and the adapter's folder of each"
+    names = [name.strip() for name in group.split(',')]
+    if adapter and len(names) > 1: raise VlmError('--adapter goes with one group', remedy='Predict that group alone')
+    return {name: choose_adapter(run, name, adapter) for name in names}
+
+# %% ../nbs/17_predict.ipynb #6baf251d
+def _predict_group(run, group, loaded, now, examples, n, size, store, schema):
+    "Answer what a group has not answered yet"
+    path, wanted, (model, preprocess, _), split = run.predictions(group), examples[:n], loaded, now['split']
+    done = {row['id'] for row in rows_on_file(path, now, examples) if row['split'] == split}
+    todo = [example for example in wanted if example.id not in done]
+    if todo: _predict_rows(path, now, _by_length(todo, preprocess), model, preprocess, size, store, schema)
+    return _predict_result(run, group, split, wanted, len(wanted) - len(todo))
 
 # %% ../nbs/17_predict.ipynb #d6d05575
 def predict(
     run: str, # a run folder
-    group: str = 'finetuned-model', # vanilla-model: the base; finetuned-model: the run's adapter; or a name of your own
+    group: str = 'finetuned-model', # vanilla-model, finetuned-model or a name of your own; several with commas
     split: str = 'test', # test, validation or train
     n: int|None = None, # only the first so many rows
     batch_size: int|None = None, # rows at once; per_device_eval_batch_size when missing
     adapter: str|None = None, # an adapter's folder, for a name of your own
+    schema: str|None = None, # a JSON Schema file that answers are held to (pip install "vlm_tutor[schema]")
     device: str = 'auto', # auto, cpu or cuda
-) -> Result: # counts, seconds and the file
+) -> Result: # counts, seconds and the file; of the last group when there are several
     "Write down what a model answers on a split; a second call goes on where the first stopped"
     run = RunFolder.open(run)
-    config, path = load_config(run.config_file), run.predictions(group)
-    choose_adapter(run, group, adapter)
-    examples = split_examples(config, split)
-    wanted = examples[:n]
-    if not wanted: raise VlmError(f"split '{split}' has no rows to predict", remedy='Choose another split')
-    model, preprocess, now = _open_group(run, config, group, split, examples, adapter, device)
-    done = {row['id'] for row in rows_on_file(path, now, examples) if row['split'] == split}
-    todo = [example for example in wanted if example.id not in done]
-    if todo: _predict_rows(path, now, _by_length(todo, preprocess), model, preprocess,
-                           batch_size or config.per_device_eval_batch_size)
-    return _predict_result(run, group, split, wanted, len(wanted) - len(todo))
+    config, groups = load_config(run.config_file), _groups(run, group, adapter)
+    examples, wanted_schema = split_examples(config, split), read_schema(schema)
+    if not examples[:n]: raise VlmError(f"split '{split}' has no rows to predict", remedy='Choose another split')
+    size, results, loaded, store = batch_size or config.per_device_eval_batch_size, [], None, None
+    for name, folder in groups.items():
+        loaded = switch(config, folder, name, loaded, len(groups) == 1, device)
+        blind = folder is not None and touches_vision(folder)
+        if not blind and store is None: store = _store(run, loaded)
+        found, told = None if blind else store, _told(config, folder, loaded, split, examples, wanted_schema)
+        results.append(_predict_group(run, name, loaded, told, examples, n, size, found, wanted_schema))
+    text = '\n'.join(str(result).split('\nnext')[0] for result in results[:-1])
+    return Result(results[-1], f'{text}\n{results[-1]}' if text else str(results[-1]))

@@ -6,7 +6,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/train.html.md"""
 
 # %% auto #0
 __all__ = ['SAMPLE', 'Rows', 'start_log', 'events', 'sample_f1', 'StopSignal', 'is_due', 'Watch', 'validation_loss', 'run_steps',
-           'data_hash', 'check_same', 'plot_loss', 'save_adapter', 'train_result', 'why_not_kept', 'train']
+           'data_hash', 'check_same', 'plot_loss', 'save_adapter', 'train_result', 'train']
 
 # %% ../nbs/18_train.ipynb #a4f9f104
 import contextlib, json, os, shutil, signal, threading, time
@@ -302,20 +302,11 @@ def _fitting(preprocess, examples, validation):
     raise VlmError(f'no row fits into cutoff_len {preprocess.cutoff_len}: the shortest has {shortest} tokens',
                    remedy='Raise cutoff_len or lower image_max_pixels')
 
-# %% ../nbs/18_train.ipynb #a91a724c
-def why_not_kept(
-    model, # a PeftModel
-) -> str|None: # the reason, None when they can be
-    "Why image features cannot be kept"
-    vlm = getattr(model.get_base_model(), 'model', None)
-    if not hasattr(vlm, 'visual') or not hasattr(vlm, 'get_image_features'): return 'another architecture'
-    learns = any(p.requires_grad or 'lora_' in name for name, p in vlm.visual.named_parameters())
-    return 'the vision part learns' if learns else None
-
+# %% ../nbs/18_train.ipynb #920185c6
 def _kept_features(config, run, model, preprocess, base, examples):
     "A filled `Features`, or None; and why none"
     from vlm_tutor.engine import processes
-    from vlm_tutor.features import Features, features_key
+    from vlm_tutor.features import Features, features_key, why_not_kept
     why = why_not_kept(model)
     if not config.cache_features or why: return None, why
     store = Features(model, preprocess, features_key(base, preprocess, model.dtype), run.path/'features')
