@@ -164,3 +164,56 @@ def test_refusing_needs_no_torch(run):
     code = ("import sys\nfrom vlm_tutor.core import VlmError\nfrom vlm_tutor.predict import predict\n"
             f"try: predict({str(run.path)!r}, 'mine')\nexcept VlmError: sys.exit(3 + ('torch' in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 3
+
+
+def test_a_row_ends_with_its_first_json_value(whole):
+    "What is cut off is what stands behind the first balanced value in the answer without the cut"
+    config = load_config(whole.config_file)
+    model, preprocess, _ = load_run_model(config)
+    rows = [preprocess.encode(e, answer=False) for e in split_examples(config, "test")]
+    free, cut = (generate(model, preprocess, rows, 300, until_json=stop) for stop in (False, True))
+    for text, short in zip(free, cut):
+        assert text.startswith(short) and json.loads(short) == json.JSONDecoder().raw_decode(text)[0]
+
+
+def test_groups_in_one_call_answer_as_they_do_alone(run):
+    from vlm_tutor.lora import build_adapter
+    from vlm_tutor.tiny import load_model
+    config = load_config(run.config_file)
+    model = build_adapter(load_model("tiny-receipts"), config)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, std=.03)
+    model.save_pretrained(run.adapter)
+    predict(str(run.path))
+    alone = answers(run, "vanilla-model"), answers(run, "finetuned-model")
+    for group in ("vanilla-model", "finetuned-model"): run.predictions(group).unlink()
+    predict(str(run.path), "finetuned-model,vanilla-model")
+    assert (answers(run, "vanilla-model"), answers(run, "finetuned-model")) == alone and alone[0] != alone[1]
+    with pytest.raises(VlmError, match="one group"): predict(str(run.path), "a,b", adapter="x")
+
+
+def test_images_are_looked_at_once_for_all_groups(whole):
+    index = [json.loads(line) for file in (whole.path / "features").glob("*.jsonl") for line in file.open()]
+    assert len({row["image"] for row in index}) == len(index) == 6
+
+
+def test_answers_can_be_held_to_a_schema(whole, tmp_path):
+    pytest.importorskip("xgrammar")
+    from vlm_tutor.predict import read_schema
+    (tmp_path / "schema.json").write_text(json.dumps(
+        dict(type="object", properties=dict(total=dict(type="string", enum=["7", "8"])), required=["total"],
+             additionalProperties=False)))
+    config = load_config(whole.config_file)
+    model, preprocess, _ = load_run_model(config)
+    rows = [preprocess.encode(e, answer=False) for e in split_examples(config, "test")[:3]]
+    texts = generate(model, preprocess, rows, 40, schema=read_schema(tmp_path / "schema.json"))
+    assert all(json.loads(text) in ({"total": "7"}, {"total": "8"}) for text in texts)
+
+
+def test_a_schema_that_cannot_be_used_is_refused_at_once(whole, tmp_path):
+    with pytest.raises(VlmError, match="no file"):
+        predict(str(whole.path), "vanilla-model", schema=str(tmp_path / "none"))
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(VlmError, match="no JSON Schema"):
+        predict(str(whole.path), "vanilla-model", schema=str(tmp_path / "list.json"))

@@ -92,14 +92,15 @@ def run_verb(
     words: list, # the words behind it
 ):
     "Parse the words, call the verb's function and print its result"
-    import contextlib, json
+    import contextlib, json, os
+    show = print if os.environ.get('RANK', '0') == '0' else lambda text: None # of several processes the first speaks
     function = load_verb(verb)
     options = vars(verb_parser(verb, function).parse_intermixed_args(words))
     for extra in ('debug', 'pdb', 'xtra'): options.pop(extra, None)
     as_json = options.pop('json')
-    if not as_json: return print(function(**options))
+    if not as_json: return show(function(**options))
     with contextlib.redirect_stdout(sys.stderr): result = function(**options)
-    print(json.dumps(result, indent=1, ensure_ascii=False, default=str))
+    show(json.dumps(result, indent=1, ensure_ascii=False, default=str))
 
 # %% ../nbs/27_cli.ipynb #daea6325
 def _ended(error, verb):

@@ -218,7 +218,7 @@ def ending(compared: dict) -> str:
 # %% ../nbs/26_quickstart.ipynb #906309df
 def quickstart(
     run: str = 'runs/quickstart',  # where everything goes; the same folder again goes on
-    n_train: int = 300,  # receipts to learn from
+    n_train: int = 1100,  # receipts to learn from
     n_validation: int = 30,  # receipts to watch the training with
     n_test: int = 100,  # receipts to judge by
     seed: int = 0,  # of receipts and training

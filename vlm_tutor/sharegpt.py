@@ -249,7 +249,7 @@ def write_split(
     return 'new' if not there else 'replaced' if changed else 'completed' if new else 'unchanged'
 
 # %% ../nbs/07_sharegpt.ipynb #a6b6c9e0
-SIZES = dict(train=300, validation=30, test=100)
+SIZES = dict(train=1100, validation=30, test=100)
 
 def _data_set_name(name, folder):
     "A name that LLaMA-Factory, a file system and `data_sets` can hold; the folder's own when None"
@@ -283,7 +283,7 @@ def save_dataset_in_sharegpt_format(
     dir: str, # the data-set folder; made when missing
     source: str|None = None, # 'synthetic', a folder, a .jsonl or a ShareGPT .json file
     split: str = 'all', # train, validation, test, or all that the source has
-    n: int|None = None, # at most this many of each split; 300, 30 and 100 when synthetic
+    n: int|None = None, # at most this many of each split; 1100, 30 and 100 when synthetic
     name: str|None = None, # what to call the data set; the folder's name when left out
     prompt: str|None = None, # put this question to every example
     schema: str|None = None, # what an answer may hold, such as cord
@@ -307,7 +307,7 @@ def save_cord_dataset_in_sharegpt_format(
     dir: str, # the data-set folder; made when missing
     source: str = 'synthetic', # or a folder, a .jsonl or a ShareGPT .json file with receipts in CORD's form
     split: str = 'all', # train, validation, test, or all that the source has
-    n: int|None = None, # at most this many of each split; 300, 30 and 100 when synthetic
+    n: int|None = None, # at most this many of each split; 1100, 30 and 100 when synthetic
     name: str = 'cord', # what to call the data set
     seed: int = 0, # of synthetic receipts
     level: int = 1, # difficulty of synthetic receipts, 0 to 3
