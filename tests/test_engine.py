@@ -221,6 +221,21 @@ t.train('tiny', overrides=json.loads(sys.argv[1]))
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
+def test_a_process_without_a_row_keeps_the_others_company(data, tmp_path, fsdp):
+    "Nine rows, four a step: the last step leaves the second process without one"
+    more, script = dict(max_samples=9, fsdp=fsdp, num_train_epochs=1), tmp_path / "two.py"
+    train("tiny", overrides=options(data, tmp_path / "one", **more))
+    script.write_text(TWO)
+    given = options(data, tmp_path / "two", **more, per_device_train_batch_size=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+               json.dumps(given)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_learn_what_one_does(data, ours, tmp_path, fsdp):
     script, path = tmp_path / "two.py", tmp_path / "run"
     script.write_text(TWO)

@@ -151,6 +151,7 @@ class Engine:
     ):
         from transformers import get_scheduler
         self.model, self.config, self.n, self.processes, self.steps_done = model, config, n, processes, 0
+        self.spare = None # a row for passes that only keep other processes company
         self.size = config.per_device_train_batch_size*config.gradient_accumulation_steps*processes
         self.plan = plan_steps(config, n, processes)
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -247,6 +248,19 @@ def _join_gradients(self: Engine):
     parts = flat.split([p.numel() for p in self.named.values()])
     for p, part in zip(self.named.values(), parts): p.grad.copy_(part.view_as(p))
 
+# %% ../nbs/17a_engine.ipynb #ffa59ea2
+@patch
+def idle_passes(self: Engine,
+    rows: list, # this process's rows
+    pieces: list, # what it makes of them
+) -> int: # passes
+    "How many passes without weight this process owes to the others"
+    if rows: self.spare = rows[0]
+    if not self.config.fsdp or self.processes == 1: return 0
+    most = torch.tensor(len(pieces), device=self.model.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most) - len(pieces)
+
 # %% ../nbs/17a_engine.ipynb #49960567
 @patch
 def step(self: Engine,
@@ -256,7 +270,10 @@ def step(self: Engine,
     self.model.train()
     count, c = self.total(answer_tokens(rows)), self.config
     pieces = cut(rows, self.most, c.group_by_length, .1 if self.reason else None)
-    loss = self.total(sum(self.backward(piece, count) for piece in pieces))
+    idle = self.idle_passes(rows, pieces)
+    loss = sum(self.backward(piece, count) for piece in pieces)
+    for _ in range(idle): self.backward([self.spare], float('inf'))
+    loss = self.total(float(loss))
     self._join_gradients()
     self.scaler.unscale_(self.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(self.named.values(), c.max_grad_norm or float('inf'))

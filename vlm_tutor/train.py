@@ -177,7 +177,10 @@ def validation_loss(
     rank, n = processes()
     own = [rows[i] for i in range(rank, len(rows), n)]
     pieces = cut(own, engine.config.per_device_eval_batch_size)
-    with torch.no_grad(): total = sum(engine.loss(piece).item() for piece in pieces)
+    idle = engine.idle_passes(own, pieces)
+    with torch.no_grad():
+        total = sum(engine.loss(piece).item() for piece in pieces)
+        for _ in range(idle): engine.loss([engine.spare])
     return engine.total(float(total))/engine.total(sum(map(answer_tokens, pieces)))
 
 # %% ../nbs/18_train.ipynb #a4786dcd
