@@ -23,6 +23,7 @@ import torch.distributed as dist
 from .collate import IGNORE, to_device
 from .config import plan_steps
 from .core import VlmError, atomic_write, read_json_file, say
+from .features import reuse_memory
 from .lean import MEMORY, answer_only, lean_loss, open_layers, pack, why_not_lean
 from .lora import no_chatter
 
@@ -158,6 +159,7 @@ class Engine:
         self.reason = 'lean_forward is off' if not config.lean_forward else why_not_lean(model)
         self.loss = PlainLoss(model, preprocess, config.answer_only_logits) if self.reason else LeanLoss(model)
         gpu = model.device.type == 'cuda'
+        if not gpu: reuse_memory()
         self.most = self.size//processes if config.auto_find_batch_size and gpu else config.per_device_train_batch_size
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=config.learning_rate, fused=True,
                                            weight_decay=config.weight_decay)
