@@ -32,7 +32,8 @@ def product(
     bias: torch.Tensor|None = None, # out
 ) -> torch.Tensor: # … × out
     "x · weightᵀ + bias, without a gradient, by oneDNN on a CPU in 32 bits"
-    if ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32:
+    known = ONEDNN and not torch.compiler.is_compiling()
+    if known and x.is_cpu and x.dtype == weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 

@@ -11,6 +11,7 @@ __all__ = ['BLOCK', 'SHORT', 'MEMORY', 'LAYER', 'answer_only', 'AnswerLoss', 'no
 
 # %% ../nbs/14a_lean.ipynb #b78179f7
 import sys
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -256,11 +257,18 @@ class BlockAttention(Function):
         return *_row_gradients(q, k, v, kept, g), None
 
 # %% ../nbs/14a_lean.ipynb #50fe93b1
-def _varlen():
-    "PyTorch's attention over rows of several lengths, where it is there (GPU, 16 bits)"
-    try: from torch.nn.attention.varlen import varlen_attn
-    except ImportError: return None
-    return varlen_attn
+def _packed_kernel(kernel):
+    "Attention over rows of several lengths at once, on a GPU in 16 bits: PyTorch's or FlashAttention's; None without"
+    with suppress(ImportError):
+        if kernel == 'auto':
+            from torch.nn.attention.varlen import varlen_attn
+            def attention(q, k, v, ends, most):
+                k, v = (t.repeat_interleave(q.shape[1]//k.shape[1], 1) for t in (k, v))
+                return varlen_attn(q, k, v, ends, ends, most, most, window_size=(-1, 0))
+            return attention
+    with suppress(ImportError):
+        from flash_attn import flash_attn_varlen_func
+        return lambda q, k, v, ends, most: flash_attn_varlen_func(q, k, v, ends, ends, most, most, causal=True)
 
 # %% ../nbs/14a_lean.ipynb #7f0e3f6b
 def attend(
@@ -269,19 +277,22 @@ def attend(
     v: torch.Tensor, # the same
     lengths: list, # tokens of each row
     again: bool = False, # compute attention weights twice?
+    kernel: str = 'auto', # "auto", "fa2" (flash-attn), "sdpa" or "disabled" (blocks)
 ) -> torch.Tensor: # tokens × (heads · head width)
     "Causal attention inside each row of a packed batch"
-    out, groups = [], q.shape[1]//k.shape[1]
-    if q.is_cuda and q.dtype != torch.float32 and (varlen := _varlen()):
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    half, groups = q.dtype.itemsize == 2, q.shape[1]//k.shape[1]
+    packed = _packed_kernel(kernel) if q.is_cuda and half and kernel in ('auto', 'fa2') else None
+    if packed:
         ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
-        return varlen(q, k, v, ends, ends, max(lengths), max(lengths), window_size=(-1, 0)).flatten(1)
+        return packed(q, k, v, ends, max(lengths)).flatten(1)
+    swifter = q.is_cpu and (half or q.shape[-1] >= 64) # below, measured, PyTorch's own is as fast
+    out = []
     for one in zip(*(t.split(lengths) for t in (q, k, v))):
-        if q.is_cpu and (q.shape[-1] >= 64 or q.dtype != torch.float32): # below, measured, PyTorch's own is as fast
-            out.append(BlockAttention.apply(*one, again))
-            continue
-        one = [t.transpose(0, 1)[None] for t in one]
-        out.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=groups > 1)[0].transpose(0, 1))
+        if kernel == 'disabled' or kernel == 'auto' and swifter: out.append(BlockAttention.apply(*one, again))
+        else:
+            one = [t.transpose(0, 1)[None] for t in one]
+            found = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=groups > 1)
+            out.append(found[0].transpose(0, 1))
     return torch.cat(out).flatten(1)
 
 # %% ../nbs/14a_lean.ipynb #4bf8c9d6
@@ -293,6 +304,7 @@ def lean_layer(
     lengths: list, # tokens of each row
     keep: torch.Tensor|None = None, # positions to go on with; all when None
     again: bool = False, # compute attention weights and the gates of the MLP twice?
+    kernel: str = 'auto', # of attention, as `attend` takes it
 ) -> torch.Tensor: # tokens × width, or kept × width
     "One decoder layer over a packed batch"
     att, mlp, norm, second = layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
@@ -300,7 +312,7 @@ def lean_layer(
     q, k, v = (t.view(len(x), -1, att.head_dim) for t in
                NormProject.apply(x, norm.weight, norm.variance_epsilon, scales, *parts))
     q, k = (t[0].transpose(0, 1) for t in rotate(*(t.transpose(0, 1)[None] for t in (q, k)), *turn))
-    out = attend(q, k, v, lengths, again)
+    out = attend(q, k, v, lengths, again, kernel)
     if keep is not None: out, x = out[keep], x[keep]
     parts, scale = linear_parts(att.o_proj)
     x = x + Project.apply(out, scale, *parts)
@@ -310,16 +322,18 @@ def lean_layer(
 # %% ../nbs/14a_lean.ipynb #c86ff93f
 def open_layers(
     vlm, # the inner model
+    kernel: str = 'auto', # of attention, as `attend` takes it
 ):
     "Let each decoder layer also take a packed batch: `layer(x, lean=(turn, lengths, keep, again))`"
     for layer in vlm.language_model.layers:
-        if 'lean' in vars(layer): continue
+        opened, layer.lean_kernel = hasattr(layer, 'lean_kernel'), kernel
+        if opened: continue
         rotate, stock = sys.modules[type(layer).__module__].apply_rotary_pos_emb, layer.forward
         def forward(x, *args, lean=None, layer=layer, rotate=rotate, stock=stock, **keys):
             if lean is None: return stock(x, *args, **keys)
             turn, lengths, keep, again = lean
-            return lean_layer(layer, x, turn, rotate, lengths, keep, again)
-        layer.forward, layer.lean = forward, True
+            return lean_layer(layer, x, turn, rotate, lengths, keep, again, layer.lean_kernel)
+        layer.forward = forward
 
 # %% ../nbs/14a_lean.ipynb #89fb19a6
 MEMORY = ('keep', 'gates', 'layers') # what backward finds; each keeps less than the one before
