@@ -216,9 +216,10 @@ class Result(dict):
         data: dict, # what `--json` prints
         text: str = '', # what a terminal shows
         markdown: str|None = None, # what a notebook shows; the text in a code block when missing
+        code: int = 0, # exit code of the command: 1 when it worked and found something that must be mended
     ):
         super().__init__(data)
-        self.text, self.markdown = text, markdown
+        self.text, self.markdown, self.code = text, markdown, code
     def __str__(self): return self.text or json.dumps(self, indent=1, ensure_ascii=False, default=str)
     def _repr_markdown_(self): return self.markdown or f'```text\n{self}\n```'
 
