@@ -17,7 +17,7 @@ from pathlib import Path
 from .core import COLOURS, Result, RunFolder, VlmError, atomic_write, check_choice
 from .core import md_table, read_json_file, read_jsonl, table
 from .metrics import bootstrap_difference, evaluate, exact_match, flatten, read_json, score
-from .page import Markup, html_table, image_data_url, tag, whole_page
+from .report import Markup, html_table, image_data_url, tag, whole_page
 from .sources import read_data_set
 
 # %% ../nbs/21_compare.ipynb #a975f021
