@@ -16,7 +16,7 @@ __all__ = ['MEND', 'LOOK', 'BEGINNINGS', 'SIDE', 'COSINES', 'NEAR', 'NEAR_COARSE
            'check_lengths', 'pictures_to_open', 'check_each', 'parsed_answers', 'check_answers', 'find_all', 'summary',
            'finding_html', 'check_page', 'move_aside', 'check']
 
-# %% ../nbs/08_check.ipynb #e9e69443
+# %% ../nbs/08_check.ipynb #29f9b80b
 import difflib, json, math, os, re, time, warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from . import __version__
 from .config import Config, load_config
 from .core import (Example, Result, VlmError, append_jsonl, asset, atomic_write, check_choice, content_hash,
-                            json_line, md_table, progress, read_json_file, read_jsonl, table)
+                            json_line, md_table, progress, read_json_file, read_jsonl, table, upright_size)
 from .receipts import SPLITS
 from .report import html_table, image_data_url, tag, whole_page
 from .sources import (DIALECTS, IMAGE_TYPES, PLACEHOLDERS, choose_data_set, compact_json, find_schema,
@@ -351,13 +351,13 @@ def check_shape(
     if max(image.size) > 200*min(image.size): yield 'strip', size
     elif min(image.size) < 28: yield 'small', size
 
-# %% ../nbs/08_check.ipynb #ee237520
+# %% ../nbs/08_check.ipynb #89dd9d72
 def check_upright(
     image: Image.Image, # an open image
 ): # pairs of kind and text
     "A picture with a note that it must be turned"
     note = image.getexif().get(0x0112, 1)
-    if note in range(2, 9): yield 'rotated', f'EXIF orientation {note}'
+    if note in range(2, 9) and image.format != 'TIFF': yield 'rotated', f'EXIF orientation {note}'
 
 # %% ../nbs/08_check.ipynb #c570e052
 def check_pages(
@@ -421,19 +421,19 @@ def fingerprint(
     ordered[0] = 0 # the mean brightness says nothing about the page
     return np.packbits(ordered > np.median(ordered)).tobytes()
 
-# %% ../nbs/08_check.ipynb #7e998e53
+# %% ../nbs/08_check.ipynb #a758eaaf
 def _look_inside(image, facts):
     "Fill in what an open image tells"
-    problems, size = facts['problems'], image.size
+    problems = facts['problems']
     try:
+        size = upright_size(image)
         problems += [*check_shape(image), *check_upright(image), *check_pages(image)]
-        on_side = image.getexif().get(0x0112, 1) >= 5
         image.draft('RGB', (4*SIDE, 4*SIDE))
         image.load()
         problems += check_colours(image)
         grey = small_grey(image)
     except Exception as error: return problems.append(('truncated', f'its data ends early or is damaged: {error}'))
-    facts['size'] = size[::-1] if on_side else size
+    facts['size'] = size
     empty = list(check_blank(grey))
     problems += empty
     if not empty: facts['print'] = fingerprint(grey).hex()
@@ -870,7 +870,7 @@ def parsed_answers(
         except (ValueError, RecursionError): pass
     return pairs
 
-# %% ../nbs/08_check.ipynb #a4939a2c
+# %% ../nbs/08_check.ipynb #3b22f583
 def check_answers(
     rows: list, # of `Row`
     schema = None, # what an answer may hold
@@ -878,7 +878,8 @@ def check_answers(
     "The checks that look at answers, one by one and all together"
     pairs = parsed_answers(rows)
     for row in rows:
-        for found in check_target(row, schema, as_json=2*len(pairs) > len(rows)): yield Finding(row, *found)
+        as_json = 2*len(pairs) > len(rows) or not row.number
+        for found in check_target(row, schema, as_json): yield Finding(row, *found)
     pairs = [(row, value) for row, value in pairs if isinstance(value, (dict, list))]
     for rule in (check_empty_fields, check_kinds, check_rare_fields, check_numbers): yield from rule(pairs)
 
@@ -908,14 +909,15 @@ def summary(
                   first=next(iter(rows.values())), remedy=(MEND | LOOK)[kind]) for kind, rows in kinds.items()]
     return sorted(lines, key=lambda line: line['weight'] == 'look')
 
-# %% ../nbs/08_check.ipynb #a7e771c3
+# %% ../nbs/08_check.ipynb #19d39274
 CHECK_STYLE = '''
 article{display:grid;grid-template-columns:9rem minmax(0,1fr);gap:.75rem;padding:.6rem 0;
  border-bottom:1px solid var(--line)}
 article img{display:block;max-width:100%;max-height:10rem;border:1px solid var(--line);background:#fff;margin:0 0 .3rem}
 article p{margin:.1rem 0;overflow-wrap:anywhere}h2{scroll-margin-top:1rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem;max-height:6rem;overflow:auto;margin:.3rem 0}
-.weight{background:var(--bad);color:var(--badtext);padding:0 .3rem}.wide{overflow-x:auto}
+.weight{background:var(--bad);color:var(--badtext);padding:0 .3rem}
+.wide{overflow-x:auto}.wide th{overflow-wrap:normal;white-space:nowrap}
 @media(max-width:30rem){article{grid-template-columns:5rem minmax(0,1fr)}}
 '''
 SHOWN = {'mend': 24, 'look': 12} # rows of a kind that the page shows
@@ -939,14 +941,14 @@ def finding_html(
                tag('div', {}, tag('p', {}, tag('b', {}, one.row.where), f' · {one.row.split}'), tag('p', {}, one.text),
                    *answer))
 
-# %% ../nbs/08_check.ipynb #dcceebf7
+# %% ../nbs/08_check.ipynb #83fbe26b
 def _section(line, found, looks):
     "All of one kind: what to do, and the first rows"
     same = [one for one in found if one.kind == line['finding']]
     shown = same[:SHOWN[line['weight']]]
     more = len(same) - len(shown)
     rest = [tag('p', {'class': 'soft'}, f'and {more} more, in check.json')] if more else []
-    return [tag('h2', {'id': line['finding']}, f"{line['finding']} · {line['rows']} rows"),
+    return [tag('h2', {'id': line['finding']}, f"{line['finding']} · {line['rows']} row{'s'*(line['rows'] != 1)}"),
             tag('p', {}, f"To do: {line['remedy']}."), *(finding_html(one, looks) for one in shown), *rest]
 
 # %% ../nbs/08_check.ipynb #b9c48ea8
@@ -1053,12 +1055,12 @@ def _next(source, config, must, moved):
     if (Path(source)/'dataset_info.json').is_file(): return f'vlm train {config} data={source}'
     return f'vlm save-dataset-in-sharegpt-format data/{Path(source).resolve().stem} --source {source}'
 
-# %% ../nbs/08_check.ipynb #dca0dfb0
+# %% ../nbs/08_check.ipynb #cee1aa0c
 def _heads(facts):
     "Two sentences about the whole: what was looked at, and how long the rows are"
     splits, lengths = ' · '.join(f'{count} {split}' for split, count in facts['splits'].items()), facts['lengths']
-    most = 'the longest row has {longest} of {cutoff_len} tokens ({model})'.format(**lengths)
-    if not lengths['exact']: most = most.replace('has', 'has at most') + '; its tokenizer is not on this machine'
+    most = 'the longest row has {longest} tokens for {model}; cutoff_len is {cutoff_len}'.format(**lengths)
+    if not lengths['exact']: most = most.replace('has', 'has at most') + '; the tokenizer is not on this machine'
     head = f"{facts['source']}  {facts['rows']} rows ({splits}), {facts['pictures']} pictures, {facts['seconds']:.1f} s"
     return [head, most if lengths['longest'] else 'no row could be measured']
 
@@ -1088,7 +1090,7 @@ def _write_report(facts, found, looks, allow):
     code = int(bool(must and not facts['moved']))
     return Result(facts, text, f"{heads}\n\n{named if lines else 'nothing found'}", code)
 
-# %% ../nbs/08_check.ipynb #ad7cb114
+# %% ../nbs/08_check.ipynb #5e2bfae5
 def check(
     dir: str, # a data-set folder, a folder of images, a .jsonl or a ShareGPT .json file
     config: str = 'cord-better', # a preset, YAML or run folder: which model shall learn, how long a row may be
@@ -1099,7 +1101,7 @@ def check(
     report: str|None = None, # where the report goes; DIR/report when left out
     overrides: list = (), # changes of the configuration as key=value
 ) -> Result: # counts, findings, fields and lengths; its code is 1 when something must be mended
-    "Find what would spoil a training run: broken rows and pictures, leaks, conflicts, rows that are too long"
+    "Find what would spoil a training run: broken rows and pictures, leaks, rows too long"
     for kind in allow: check_choice('kind of finding', kind, [*MEND, *LOOK])
     begin, settings, schema = time.monotonic(), load_config(config, overrides), find_schema(schema)
     counter, (root, rows) = TokenCounter(settings), read_all(dir, name, settings.media_dir)

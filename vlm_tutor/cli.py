@@ -23,7 +23,7 @@ VERBS = {
     'register': ('sharegpt:register',
         'Register a data set with LLaMA-Factory, in dataset_info.json and in your training YAML'),
     'check': ('check:check',
-        'Find what would spoil a training run: broken rows and pictures, leaks, conflicts, rows that are too long'),
+        'Find what would spoil a training run: broken rows and pictures, leaks, rows too long'),
     'pretrain-tiny': ('pretrain:pretrain_tiny',
         'Make the embedded base model again: vision, language, then both (hours on a CPU; resumes)'),
     'train': ('train:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
