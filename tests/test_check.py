@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from vlm_tutor.check import (LOOK, MEND, NEAR, TokenCounter, check, factory_fate, factory_size, fingerprint, look_at,
                              look_at_all, near_copies, number_marks, size_tokens, small_grey)
 from vlm_tutor.config import load_config
-from vlm_tutor.core import Example, VlmError, find_llamafactory, load_image, read_jsonl, write_jsonl
+from vlm_tutor.core import Example, VlmError, asset, find_llamafactory, load_image, read_jsonl, write_jsonl
 from vlm_tutor.receipts import make_receipt
 from vlm_tutor.sharegpt import dataset_entry, sharegpt_record
 
@@ -259,6 +259,45 @@ def test_a_look_is_remembered_until_the_file_changes(tmp_path):
     assert look_at_all([page], memory)[page]["problems"][0][0] == "unreadable"
 
 
+# --- whatever people have ---------------------------------------------------------------------------------------------
+def test_no_damage_to_a_file_ends_the_check(tmp_path):
+    draw, page, path = random.Random(0), make_receipt(1).image, tmp_path / "x"
+    for kind, options in (("png", {}), ("jpeg", {}), ("jpeg", dict(progressive=True)), ("webp", {}), ("gif", {})):
+        page.save(path, kind, **options)
+        whole = path.read_bytes()
+        for _ in range(60):
+            torn = bytearray(whole[:draw.randrange(len(whole))] if draw.random() < 0.5 else whole)
+            for _ in range(draw.randrange(8)): torn[draw.randrange(max(1, len(torn)))] = draw.randrange(256)
+            path.write_bytes(torn or b"x")
+            try: right = load_image(path).size
+            except VlmError: right = None
+            assert look_at(path)["size"] == right, (kind, torn[:40])
+
+
+WORDS = [None, True, 2.5, "", "<image>", "a.png", "user", "assistant", "../x", "\ud800", "a\0b", '{"a": 1}', "test"]
+KEYS = "messages images image role content from value conversations target prompt id split".split()
+
+
+def anything(draw, depth=0):
+    "A JSON value that looks now and then like a row"
+    kind = draw.randrange(8)
+    if kind < 3 or depth > 3: return draw.choice(WORDS)
+    if kind < 5: return [anything(draw, depth + 1) for _ in range(draw.randrange(4))]
+    return {draw.choice(KEYS): anything(draw, depth + 1) for _ in range(draw.randrange(6))}
+
+
+def test_no_record_ends_the_check(tmp_path):
+    draw = random.Random(0)
+    make_receipt(0).image.save(tmp_path / "a.png")
+    rows = [anything(draw) for _ in range(1500)] + [dict(image="a.png", target="1")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    result = check(str(tmp_path / "rows.json"), "tiny", "cord", allow=["schema"], quarantine=True)
+    assert result["rows"] == 1501 and result["must_mend"] > 1400 and result.code == 0
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    aside = [json.loads(line)["record"] for line in (tmp_path / "quarantine/rows.jsonl").read_text().splitlines()]
+    assert lines(kept + aside) == lines(rows)
+
+
 # --- lengths ----------------------------------------------------------------------------------------------------------
 def test_visual_tokens_equal_the_processors():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -286,6 +325,33 @@ def test_lengths_equal_the_real_preprocessing(tmp_path):
     for example, found in zip(examples, counter.lengths(examples, sizes)):
         assert {key: found[key] for key in ("image", "prompt", "answer", "length")} == real.lengths(example)
         assert len(real.encode(example)["input_ids"]) == found["length"]
+
+
+def older_model(folder):
+    "The embedded base's small files in the forms that hub checkpoints of 2024 have"
+    tiny = asset("tiny-receipts")
+    folder.mkdir(parents=True)
+    shutil.copy(tiny / "tokenizer.json", folder)
+    template = json.dumps({"chat_template": (tiny / "chat_template.jinja").read_text()})
+    (folder / "chat_template.json").write_text(template)
+    pixels = dict(patch_size=8, merge_size=2, min_pixels=1024, max_pixels=98304)
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder
+
+
+def test_a_models_small_files_are_found_in_every_form(tmp_path):
+    folder = older_model(tmp_path / "model")
+    ours, older = (TokenCounter(load_config("tiny", dict(model_name_or_path=str(name)))) for name in
+                   ("tiny-receipts", folder))
+    assert older.exact and older.rule == ours.rule and older.closing == ours.closing
+    assert older.count([older.chat("Read it.", "4.50", 2)]) == ours.count([ours.chat("Read it.", "4.50", 2)])
+    older_model(tmp_path / "hub/models--some--model/snapshots/abc")
+    (tmp_path / "hub/models--some--model/refs").mkdir()
+    (tmp_path / "hub/models--some--model/refs/main").write_text("abc")
+    code = "from vlm_tutor.check import model_folder; print(model_folder('some/model'))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub")))
+    assert Path(out.stdout.strip()) == tmp_path / "hub/models--some--model/snapshots/abc", out.stderr
 
 
 def test_without_a_tokenizer_no_row_is_counted_too_short():

@@ -75,14 +75,14 @@ LOOK = {
     'perhaps-cut': "fetch the model's files to know: hf download MODEL --include 'token*' 'chat*' 'pre*'",
 }
 
-# %% ../nbs/08_check.ipynb #9584a3d4
+# %% ../nbs/08_check.ipynb #d500e579
 @dataclass(eq=False)
 class Row:
     "One row as its file has it, and as much of it as could be read"
     where: str # what to call it, such as "row 3 of 'cord.json'"
     file: Path # the file that holds it
-    number: int # its place there, from 1; 0 when the file is the row
-    record: object # what stands there; None when it was read by another module
+    number: int|None # its place there, from 1; 0 when the file is the row, None when another module read it
+    record: object # what stands there
     split: str = 'train' # train, validation or test
     names: list = field(default_factory=list) # its images, as written
     paths: list = field(default_factory=list) # where they lie
@@ -101,7 +101,7 @@ class Finding:
     text: str # what was found
     other: Row|None = None # the row it collides with
 
-# %% ../nbs/08_check.ipynb #ae333303
+# %% ../nbs/08_check.ipynb #12d26041
 def _first(record, names):
     "The value of the first of `names` that the record has"
     return next((record[name] for name in names if name in record), None)
@@ -113,8 +113,9 @@ def loose_texts(
     "Question and answer of a row, however broken the rest of it is"
     turns = _first(record, tags['messages'])
     if not isinstance(turns, list):
-        answer = record.get('target')
-        return record.get('prompt'), answer if answer is None or isinstance(answer, str) else json_line(answer)
+        asked, answer = record.get('prompt'), record.get('target')
+        return asked if isinstance(asked, str) else None, \
+            answer if answer is None or isinstance(answer, str) else json_line(answer)
     said = {True: [], False: []}
     for turn in turns:
         text = _first(turn, tags['content_tag']) if isinstance(turn, dict) else None
@@ -140,7 +141,7 @@ def image_place(
     places = [Path(folder)/name for folder in folders]
     return next((place for place in [*places, Path(name)] if place.is_file()), places[0])
 
-# %% ../nbs/08_check.ipynb #bf8b27e6
+# %% ../nbs/08_check.ipynb #d5eba1f0
 def make_row(
     record, # what the file holds
     row: Row, # a row that knows its place and nothing else; filled in
@@ -151,10 +152,11 @@ def make_row(
     "Fill a row from a record, or with the reason why training could not take it"
     try:
         if not isinstance(record, dict): raise VlmError(f'{row.where} is no JSON object: {str(record)[:60]}')
-        row.names = loose_images(record, tags)
-        row.paths = [image_place(name, folders) for name in row.names]
-        row.question, row.answer = loose_texts(record, tags)
+        row.names, (row.question, row.answer) = loose_images(record, tags), loose_texts(record, tags)
         row.is_talk = any(name in record for name in tags['messages'])
+        odd = [name for name in row.names if '\0' in name or name.encode(errors='replace').decode() != name]
+        if odd: raise VlmError(f'{row.where} names a file that cannot be: {odd[0]!r}')
+        row.paths = [image_place(name, folders) for name in row.names]
         split, row.example = (sharegpt_row(record, row.where, folders, tags, notes) if row.is_talk
                               else plain_row(record, row.where, folders))
         row.split = check_choice(f'split in {row.where}', split or 'train', SPLITS)
@@ -211,7 +213,7 @@ def image_folder_rows(
         if path in alone: row.problem = 'has no image. Put it beside the answer, under the same name'
     return rows
 
-# %% ../nbs/08_check.ipynb #039133bb
+# %% ../nbs/08_check.ipynb #e92de228
 def _data_set_rows(folder, name, root):
     "The rows of a folder with dataset_info.json, by the file names and tags of its entries"
     rows = []
@@ -227,8 +229,8 @@ def _other_rows(source, name, media_dir):
     "Rows of a form that is read as a whole"
     parts = read_source(source, name=name, media_dir=media_dir)
     pairs = [(split, example) for split, found in parts.items() for example in found or ()]
-    rows = [Row(f"example '{example.id}'", Path(source), number, None, split, example=example)
-            for number, (split, example) in enumerate(pairs, 1)]
+    rows = [Row(f"example '{example.id}'", Path(source), None, None, split, example=example)
+            for split, example in pairs]
     for row in rows:
         row.names, row.paths = [str(path) for path in row.example.images], [Path(path) for path in row.example.images]
         row.question, row.answer = row.example.prompt, row.example.target
@@ -319,7 +321,7 @@ def check_path(
         yield 'outside', f"'{name}' leaves the folder, {way}"
     elif absolute: yield 'absolute', f"'{name}' is an absolute path"
 
-# %% ../nbs/08_check.ipynb #ff753786
+# %% ../nbs/08_check.ipynb #8677ba47
 def check_file(
     path: Path, # an image
 ): # pairs of kind and text
@@ -337,7 +339,9 @@ def why_unreadable(
     path: Path, # a file that no decoder takes
 ) -> str:
     "What a file is that is no picture, as far as its first bytes tell"
-    with open(path, 'rb') as file: head = file.read(64)
+    try:
+        with open(path, 'rb') as file: head = file.read(64)
+    except OSError as error: return str(error.strerror)
     if head[4:8] == b'ftyp' and head[8:11] in (b'hei', b'hev', b'mif'): return 'a HEIC photo. Save it as JPEG'
     found = [what for start, what in BEGINNINGS.items() if head.lower().startswith(start)]
     return found[0] if found else f'no picture; it begins with {head[:12]!r}'
@@ -781,12 +785,13 @@ def chat(self: TokenCounter,
     if answer is not None: turns.append(dict(role='assistant', content=[{'type': 'text', 'text': answer}]))
     return self.template.render(messages=turns, add_generation_prompt=answer is None)
 
-# %% ../nbs/08_check.ipynb #dcdaaf19
+# %% ../nbs/08_check.ipynb #97416006
 @patch
 def count(self: TokenCounter,
     texts: list, # texts with special tokens as they stand
 ) -> list: # whole numbers
     "Tokens of each text; without the model's tokenizer its bytes, which are never fewer"
+    texts = [text.encode(errors='replace').decode() for text in texts]
     if self.exact: return [len(found) for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
     return [len(re.sub(r'<\|\w+\|>', '?', text).encode()) for text in texts]
 
@@ -832,7 +837,7 @@ def check_lengths(
         text = f"{parts} of {most}. Our engine {ours}; LLaMA-Factory {found['llamafactory']}"
         yield Finding(row, 'cut' if sure else 'perhaps-cut', text if sure else f'at most {text}')
 
-# %% ../nbs/08_check.ipynb #78318342
+# %% ../nbs/08_check.ipynb #7089e8c5
 def pictures_to_open(
     rows: list, # of `Row`
     root: Path, # the folder that images may not leave
@@ -840,7 +845,7 @@ def pictures_to_open(
 ) -> list: # paths
     "The pictures that a check may open"
     def is_outside(name, path): return any(kind == 'outside' for kind, _ in check_path(name, path, root))
-    pairs = [(name, path) for row in rows for name, path in zip(row.names, row.paths) if row.record is not None]
+    pairs = [(name, path) for row in rows for name, path in zip(row.names, row.paths) if row.number is not None]
     closed = set() if 'outside' in allow else {path for name, path in pairs if is_outside(name, path)}
     return [path for row in rows for path in row.paths if path not in closed]
 
@@ -853,7 +858,7 @@ def check_each(
     for row in rows:
         for rule in (check_row, check_placeholders, check_marks):
             for found in rule(row): yield Finding(row, *found)
-        for name, path in zip(row.names, row.paths) if row.record is not None else ():
+        for name, path in zip(row.names, row.paths) if row.number is not None else ():
             for found in check_path(name, path, root): yield Finding(row, *found)
         for path in row.paths:
             for kind, text in looks[path]['problems'] if path in looks else ():
@@ -870,7 +875,7 @@ def parsed_answers(
         except (ValueError, RecursionError): pass
     return pairs
 
-# %% ../nbs/08_check.ipynb #3b22f583
+# %% ../nbs/08_check.ipynb #c5558005
 def check_answers(
     rows: list, # of `Row`
     schema = None, # what an answer may hold
@@ -878,7 +883,7 @@ def check_answers(
     "The checks that look at answers, one by one and all together"
     pairs = parsed_answers(rows)
     for row in rows:
-        as_json = 2*len(pairs) > len(rows) or not row.number
+        as_json = 2*len(pairs) > len(rows) or row.number == 0
         for found in check_target(row, schema, as_json): yield Finding(row, *found)
     pairs = [(row, value) for row, value in pairs if isinstance(value, (dict, list))]
     for rule in (check_empty_fields, check_kinds, check_rare_fields, check_numbers): yield from rule(pairs)
@@ -970,29 +975,34 @@ def check_page(
     if facts: parts += [tag('h2', {}, 'Fields'), wide(facts)]
     return whole_page(title, parts, CHECK_STYLE)
 
-# %% ../nbs/08_check.ipynb #8ac57fb1
+# %% ../nbs/08_check.ipynb #6c078678
 def _refuse(rows, bad):
     "Why rows cannot be moved aside, as an error"
-    if any(row.record is None for row in bad):
-        raise VlmError(f"rows of '{bad[0].file}' cannot be moved aside one by one", 'a .json, a .jsonl, a folder',
-                       'Save them as such first: vlm save-dataset-in-sharegpt-format FOLDER --source …')
+    for row in (row for row in bad if row.number is None):
+        raise VlmError(f"rows of '{row.file}' cannot be moved aside one by one",
+                       remedy=f'Save them first: vlm save-dataset-in-sharegpt-format FOLDER --source {row.file}')
     for split in {row.split for row in bad}:
         if {row for row in rows if row.split == split} <= set(bad):
             raise VlmError(f"every row of split '{split}' would be moved aside", remedy='Mend the cause they share')
+
+def _line(value):
+    "A value as one line of JSON that a file can hold: half a character stays an escape"
+    line = json_line(value)
+    return line if line.encode(errors='ignore').decode() == line else json.dumps(value)
 
 def _without(path, numbers):
     "The text of a file of rows without some of them"
     if path.suffix == '.jsonl':
         lines = path.read_text(encoding='utf-8').split('\n')
         return '\n'.join(line for number, line in enumerate(lines, 1) if number not in numbers)
-    kept = [json_line(record) for number, record in enumerate(read_json_file(path), 1) if number not in numbers]
+    kept = [_line(record) for number, record in enumerate(read_json_file(path), 1) if number not in numbers]
     return '[\n' + ',\n'.join(kept) + '\n]\n'
 
 def _now(file):
     "The records of a file as they are now, by number"
     return dict(_lines_of(file)) if file.suffix == '.jsonl' else dict(enumerate(read_json_file(file), 1))
 
-# %% ../nbs/08_check.ipynb #2587590f
+# %% ../nbs/08_check.ipynb #ce952ff9
 def _note(row, reasons):
     "What the quarantine keeps of a row"
     return dict(file=row.file.name, row=row.number or None, split=row.split, reasons=reasons, record=row.record)
@@ -1003,21 +1013,21 @@ def _move_records(file, bad, reasons):
     if any(now.get(row.number) != row.record for row in bad):
         raise VlmError(f"'{file}' has changed while it was checked", remedy='Run the same command again')
     old = aside.read_text(encoding='utf-8') if aside.is_file() else ''
-    atomic_write(aside, old + ''.join(json_line(_note(row, reasons[row])) + '\n' for row in bad))
+    atomic_write(aside, old + ''.join(_line(_note(row, reasons[row])) + '\n' for row in bad))
     atomic_write(file, _without(file, {row.number for row in bad}))
     return aside
 
 def _move_files(row, reasons):
     "Move a picture and its answer aside; the folder they go to"
     aside = row.file.parent/'quarantine'
-    append_jsonl(aside/'reasons.jsonl', _note(row, reasons[row]))
+    append_jsonl(aside/'reasons.jsonl', json.loads(_line(_note(row, reasons[row])).encode(errors='replace')))
     for path in {row.file, row.file.with_suffix('.json')}:
         goal, count = aside/path.name, 1
         while goal.exists(): goal, count = aside/f'{path.stem}-{(count := count + 1)}{path.suffix}', count
         if path.is_file(): os.replace(path, goal)
     return aside
 
-# %% ../nbs/08_check.ipynb #a9d763dc
+# %% ../nbs/08_check.ipynb #54e921fe
 def move_aside(
     rows: list, # of `Row`, all there are
     found: list, # of `Finding`, those for which a row shall go
@@ -1025,8 +1035,8 @@ def move_aside(
     "Move rows into quarantine beside their files, each with its reasons"
     reasons = defaultdict(list)
     for one in found: reasons[one.row].append(f'{one.kind}: {one.text}')
+    _refuse(rows, reasons)
     bad = sorted(reasons, key=lambda row: (str(row.file), row.number))
-    _refuse(rows, bad)
     moved = Counter()
     for file in dict.fromkeys(row.file for row in bad):
         here = [row for row in bad if row.file == file]
@@ -1076,19 +1086,20 @@ def _text(facts, lines, must):
     parts = ['\n'.join(_heads(facts)), found, '\n'.join(named), verdict, '\n'.join(last)]
     return '\n\n'.join(filter(None, parts))
 
-# %% ../nbs/08_check.ipynb #9a8f332b
+# %% ../nbs/08_check.ipynb #61693192
 def _write_report(facts, found, looks, allow):
     "Page and JSON file; the result that the verb returns"
     lines = summary(found, allow)
     must = [one for one in found if one.kind in MEND and one.kind not in allow]
     facts |= dict(kinds=lines, findings=[_finding_facts(one, allow) for one in found])
-    atomic_write(facts['report'], check_page(f"Check of {facts['source']}", _heads(facts), found, lines,
-                                             facts['fields'], looks))
-    atomic_write(facts['file'], json.dumps(facts, indent=1, ensure_ascii=False))
-    text = _text(facts, lines, must)
+    page = check_page(f"Check of {facts['source']}", _heads(facts), found, lines, facts['fields'], looks)
+    told = json.dumps(facts, indent=1, ensure_ascii=False).encode(errors='replace') # half characters become ?
+    atomic_write(facts['report'], page.encode(errors='replace'))
+    atomic_write(facts['file'], told)
+    text = _text(facts, lines, must).encode(errors='replace').decode()
     heads, named = '  \n'.join(_heads(facts)), md_table(lines, ['weight', 'finding', 'rows', 'first', 'remedy'])
     code = int(bool(must and not facts['moved']))
-    return Result(facts, text, f"{heads}\n\n{named if lines else 'nothing found'}", code)
+    return Result(json.loads(told), text, f"{heads}\n\n{named if lines else 'nothing found'}", code)
 
 # %% ../nbs/08_check.ipynb #5e2bfae5
 def check(
