@@ -141,13 +141,12 @@ def image_place(
     places = [Path(folder)/name for folder in folders]
     return next((place for place in [*places, Path(name)] if place.is_file()), places[0])
 
-# %% ../nbs/08_check.ipynb #d5eba1f0
+# %% ../nbs/08_check.ipynb #80ea5141
 def make_row(
     record, # what the file holds
     row: Row, # a row that knows its place and nothing else; filled in
     folders: list, # where relative image paths may start
     tags: dict = DIALECTS, # names of ShareGPT columns and roles
-    notes: dict|None = None, # rows of meta.jsonl by first image
 ) -> Row: # the same row
     "Fill a row from a record, or with the reason why training could not take it"
     try:
@@ -157,13 +156,13 @@ def make_row(
         odd = [name for name in row.names if '\0' in name or name.encode(errors='replace').decode() != name]
         if odd: raise VlmError(f'{row.where} names a file that cannot be: {odd[0]!r}')
         row.paths = [image_place(name, folders) for name in row.names]
-        split, row.example = (sharegpt_row(record, row.where, folders, tags, notes) if row.is_talk
+        split, row.example = (sharegpt_row(record, row.where, folders, tags) if row.is_talk
                               else plain_row(record, row.where, folders))
         row.split = check_choice(f'split in {row.where}', split or 'train', SPLITS)
     except VlmError as error: row.problem, row.example = str(error).removeprefix(row.where).strip(), None
     return row
 
-# %% ../nbs/08_check.ipynb #f9ceda41
+# %% ../nbs/08_check.ipynb #7d22593a
 def _lines_of(path):
     "Pairs of line number and value of a JSON-lines file; the text itself where it is no JSON"
     try: text = path.read_text(encoding='utf-8')
@@ -183,10 +182,8 @@ def file_rows(
     records = list(_lines_of(path)) if path.suffix == '.jsonl' else read_json_file(path)
     if not isinstance(records, list): raise VlmError(f"'{path}' holds no list of rows", remedy='Put the rows into [ ]')
     if path.suffix != '.jsonl': records = list(enumerate(records, 1))
-    notes = path.parent/'meta.jsonl'
-    notes = {note.get('image'): note for note in read_jsonl(notes)} if notes.is_file() else {}
     places = [(record, Row(f"row {number} of '{path.name}'", path, number, record)) for number, record in records]
-    rows = [make_row(record, row, folders, tags, notes) for record, row in places]
+    rows = [make_row(record, row, folders, tags) for record, row in places]
     for row in rows: row.split = split or row.split
     return rows
 
