@@ -75,7 +75,7 @@ LOOK = {
     'perhaps-cut': "fetch the model's files to know: hf download MODEL --include 'token*' 'chat*' 'pre*'",
 }
 
-# %% ../nbs/08_check.ipynb #d500e579
+# %% ../nbs/08_check.ipynb #ddc5dd6a
 @dataclass(eq=False)
 class Row:
     "One row as its file has it, and as much of it as could be read"
@@ -85,7 +85,8 @@ class Row:
     record: object # what stands there
     split: str = 'train' # train, validation or test
     names: list = field(default_factory=list) # its images, as written
-    paths: list = field(default_factory=list) # where they lie
+    places: list = field(default_factory=list) # where these names lead
+    paths: list = field(default_factory=list) # its pictures
     question: str|None = None # with its placeholders
     answer: str|None = None # the text to learn
     is_talk: bool = False # is it a ShareGPT record?
@@ -141,7 +142,7 @@ def image_place(
     places = [Path(folder)/name for folder in folders]
     return next((place for place in [*places, Path(name)] if place.is_file()), places[0])
 
-# %% ../nbs/08_check.ipynb #80ea5141
+# %% ../nbs/08_check.ipynb #c494e1c2
 def make_row(
     record, # what the file holds
     row: Row, # a row that knows its place and nothing else; filled in
@@ -155,10 +156,11 @@ def make_row(
         row.is_talk = any(name in record for name in tags['messages'])
         odd = [name for name in row.names if '\0' in name or name.encode(errors='replace').decode() != name]
         if odd: raise VlmError(f'{row.where} names a file that cannot be: {odd[0]!r}')
-        row.paths = [image_place(name, folders) for name in row.names]
+        row.paths = row.places = [image_place(name, folders) for name in row.names]
         split, row.example = (sharegpt_row(record, row.where, folders, tags) if row.is_talk
                               else plain_row(record, row.where, folders))
         row.split = check_choice(f'split in {row.where}', split or 'train', SPLITS)
+        row.paths, row.answer = [Path(path) for path in row.example.images], row.example.target
     except VlmError as error: row.problem, row.example = str(error).removeprefix(row.where).strip(), None
     return row
 
@@ -210,7 +212,7 @@ def image_folder_rows(
         if path in alone: row.problem = 'has no image. Put it beside the answer, under the same name'
     return rows
 
-# %% ../nbs/08_check.ipynb #e92de228
+# %% ../nbs/08_check.ipynb #466a4d01
 def _data_set_rows(folder, name, root):
     "The rows of a folder with dataset_info.json, by the file names and tags of its entries"
     rows = []
@@ -226,14 +228,11 @@ def _other_rows(source, name, media_dir):
     "Rows of a form that is read as a whole"
     parts = read_source(source, name=name, media_dir=media_dir)
     pairs = [(split, example) for split, found in parts.items() for example in found or ()]
-    rows = [Row(f"example '{example.id}'", Path(source), None, None, split, example=example)
+    return [Row(f"example '{example.id}'", Path(source), None, None, split, question=example.prompt,
+                paths=[Path(path) for path in example.images], answer=example.target, example=example)
             for split, example in pairs]
-    for row in rows:
-        row.names, row.paths = [str(path) for path in row.example.images], [Path(path) for path in row.example.images]
-        row.question, row.answer = row.example.prompt, row.example.target
-    return rows
 
-# %% ../nbs/08_check.ipynb #513d924e
+# %% ../nbs/08_check.ipynb #38e84123
 def read_all(
     source: str|Path, # a data-set folder, a folder of images, a .json or .jsonl file, or what `read_source` takes
     name: str|None = None, # which data set of a folder that holds several
@@ -243,22 +242,24 @@ def read_all(
     path = Path(source)
     root = Path(media_dir or (path if path.is_dir() else path.parent))
     parts = {part: path/part for part in SPLITS if (path/part).is_dir()} or {'train': path}
+    kinds = {file.suffix.lower() for folder in parts.values() if folder.is_dir() for file in folder.iterdir()}
+    metadata = [file for folder in [path, *parts.values()] for file in folder.glob('metadata.*')]
     if (path/'dataset_info.json').is_file(): rows = _data_set_rows(path, name, root)
     elif path.is_file() and path.suffix in ('.json', '.jsonl'): rows = file_rows(path, [root, path.parent])
-    elif path.is_dir() and not any(list(folder.glob('metadata.*')) for folder in parts.values()):
+    elif kinds & {*IMAGE_TYPES, '.json'} and '.pdf' not in kinds and not metadata:
         rows = [row for part, folder in parts.items() for row in image_folder_rows(folder, part)]
     else: rows = _other_rows(source, name, media_dir)
     if not rows: raise VlmError(f"'{source}' holds no rows", remedy='What is accepted is told by: vlm show --help')
     return root, rows
 
-# %% ../nbs/08_check.ipynb #dcbf525c
+# %% ../nbs/08_check.ipynb #776c4dfe
 def check_placeholders(
     row: Row, # one row
 ): # pairs of kind and text
     "As many <image> marks as images"
     marks = (row.question or '').count('<image>')
     text = f'{len(row.names)} image(s), {marks} <image> mark(s)'
-    if row.is_talk and marks != len(row.names): yield 'placeholders', text
+    if row.is_talk and not row.example and marks != len(row.names): yield 'placeholders', text
 
 def check_row(
     row: Row, # one row
@@ -769,16 +770,18 @@ class TokenCounter:
         from tokenizers import Tokenizer
         self.tokenizer = Tokenizer.from_file(str(folder/'tokenizer.json'))
 
-# %% ../nbs/08_check.ipynb #6666aef2
+# %% ../nbs/08_check.ipynb #1e738a78
 @patch
 def chat(self: TokenCounter,
     question: str, # without placeholders
     answer: str|None = None, # left open when None
     images: int = 0, # how many stand before the question
+    system: str = '', # a system prompt; the template's own when empty
 ) -> str:
     "A question, and its answer, in the model's chat template"
     content = [*({'type': 'image'} for _ in range(images)), {'type': 'text', 'text': question}]
-    turns = [dict(role='user', content=content)]
+    turns = [dict(role='system', content=[{'type': 'text', 'text': system}])]*bool(system)
+    turns.append(dict(role='user', content=content))
     if answer is not None: turns.append(dict(role='assistant', content=[{'type': 'text', 'text': answer}]))
     return self.template.render(messages=turns, add_generation_prompt=answer is None)
 
@@ -792,14 +795,15 @@ def count(self: TokenCounter,
     if self.exact: return [len(found) for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
     return [len(re.sub(r'<\|\w+\|>', '?', text).encode()) for text in texts]
 
-# %% ../nbs/08_check.ipynb #5917ab86
+# %% ../nbs/08_check.ipynb #f58ac8fb
 @patch
 def lengths(self: TokenCounter,
     examples: list, # of `Example`
     sizes: list, # one list an example: width and height of each of its images, upright
 ) -> list: # dicts with image, prompt, answer, length (tokens), fate and llamafactory (what happens there)
     "How long each row is, and what LLaMA-Factory would do to it"
-    asked = [self.chat(example.prompt, None, len(example.images)) for example in examples]
+    asked = [self.chat(example.prompt, None, len(example.images), getattr(example, 'system', ''))
+             for example in examples]
     behind = [text.rpartition('<|image_pad|>')[2] for text in asked]
     closed = [example.target + self.closing for example in examples]
     return [self._length(*found) for found in zip(sizes, *map(self.count, (asked, behind, closed)))]
@@ -834,7 +838,7 @@ def check_lengths(
         text = f"{parts} of {most}. Our engine {ours}; LLaMA-Factory {found['llamafactory']}"
         yield Finding(row, 'cut' if sure else 'perhaps-cut', text if sure else f'at most {text}')
 
-# %% ../nbs/08_check.ipynb #7089e8c5
+# %% ../nbs/08_check.ipynb #20e9ce2d
 def pictures_to_open(
     rows: list, # of `Row`
     root: Path, # the folder that images may not leave
@@ -842,8 +846,8 @@ def pictures_to_open(
 ) -> list: # paths
     "The pictures that a check may open"
     def is_outside(name, path): return any(kind == 'outside' for kind, _ in check_path(name, path, root))
-    pairs = [(name, path) for row in rows for name, path in zip(row.names, row.paths) if row.number is not None]
-    closed = set() if 'outside' in allow else {path for name, path in pairs if is_outside(name, path)}
+    pairs = [] if 'outside' in allow else [pair for row in rows for pair in zip(row.names, row.places)]
+    closed = {path for name, path in pairs if is_outside(name, path)}
     return [path for row in rows for path in row.paths if path not in closed]
 
 def check_each(
@@ -855,7 +859,7 @@ def check_each(
     for row in rows:
         for rule in (check_row, check_placeholders, check_marks):
             for found in rule(row): yield Finding(row, *found)
-        for name, path in zip(row.names, row.paths) if row.number is not None else ():
+        for name, path in zip(row.names, row.places):
             for found in check_path(name, path, root): yield Finding(row, *found)
         for path in row.paths:
             for kind, text in looks[path]['problems'] if path in looks else ():
