@@ -184,6 +184,19 @@ def test_what_lies_outside_is_opened_only_when_allowed(tmp_path):
     assert kinds == [["outside"], ["outside", "unreadable"]] and [closed["pictures"], opened["pictures"]] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["http:/../../secret.png", "data:/../../secret.png", "x/../" * 300 + "../secret.png",
+                                  "x/../x/../../secret.png", "y/secret.png", "./../set/../secret.png"])
+def test_no_detour_leads_out(tmp_path, name):
+    (tmp_path / "secret.png").write_text("no picture")
+    for folder in ("http:", "data:", "x"): (tmp_path / "set" / folder).mkdir(parents=True)
+    (tmp_path / "set/y").symlink_to("..")
+    write_jsonl(tmp_path / "set/rows.jsonl", [dict(image=name, target="1"), record(name, "1")])
+    result = check(str(tmp_path / "set/rows.jsonl"), "tiny")
+    assert {one["kind"] for one in result["findings"]} - {"unreadable"} == {"outside"}
+    looked_at = tmp_path / "set/report/pictures.jsonl"
+    assert not looked_at.exists() or "secret" not in looked_at.read_text()
+
+
 def test_good_data_has_nothing_to_mend(tmp_path):
     from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
     save_cord_dataset_in_sharegpt_format(str(tmp_path), n=60, level=2)

@@ -75,7 +75,7 @@ LOOK = {
     'perhaps-cut': "fetch the model's files to know: hf download MODEL --include 'token*' 'chat*' 'pre*'",
 }
 
-# %% ../nbs/08_check.ipynb #ddc5dd6a
+# %% ../nbs/08_check.ipynb #fa981bd1
 @dataclass(eq=False)
 class Row:
     "One row as its file has it, and as much of it as could be read"
@@ -85,7 +85,7 @@ class Row:
     record: object # what stands there
     split: str = 'train' # train, validation or test
     names: list = field(default_factory=list) # its images, as written
-    places: list = field(default_factory=list) # where these names lead
+    places: dict = field(default_factory=dict) # where those names lead
     paths: list = field(default_factory=list) # its pictures
     question: str|None = None # with its placeholders
     answer: str|None = None # the text to learn
@@ -133,16 +133,20 @@ def loose_images(
     listed = found if isinstance(found, list) else [found]
     return [name for name in listed if isinstance(name, str) and name]
 
-# %% ../nbs/08_check.ipynb #626abb47
+# %% ../nbs/08_check.ipynb #e415c306
+def _is_text(text):
+    "Can a file hold the text? Half a character cannot be encoded"
+    return text.encode(errors='ignore').decode() == text
+
 def image_place(
     name: str, # an image, as a row names it
     folders: list, # where relative paths may start
 ) -> Path: # where it lies, or would lie
     "The place of an image as LLaMA-Factory finds it: under a folder, else as given"
     places = [Path(folder)/name for folder in folders]
-    return next((place for place in [*places, Path(name)] if place.is_file()), places[0])
+    return next((place for place in [*places, Path(name)] if os.path.isfile(place)), places[0])
 
-# %% ../nbs/08_check.ipynb #c494e1c2
+# %% ../nbs/08_check.ipynb #9c7f3cf6
 def make_row(
     record, # what the file holds
     row: Row, # a row that knows its place and nothing else; filled in
@@ -154,14 +158,16 @@ def make_row(
         if not isinstance(record, dict): raise VlmError(f'{row.where} is no JSON object: {str(record)[:60]}')
         row.names, (row.question, row.answer) = loose_images(record, tags), loose_texts(record, tags)
         row.is_talk = any(name in record for name in tags['messages'])
-        odd = [name for name in row.names if '\0' in name or name.encode(errors='replace').decode() != name]
+        odd = [name for name in row.names if '\0' in name or not _is_text(name)]
+        row.places = {name: image_place(name, folders) for name in row.names if name not in odd}
+        row.paths = [place for name, place in row.places.items() if not name.startswith(('data:', 'http:', 'https:'))]
         if odd: raise VlmError(f'{row.where} names a file that cannot be: {odd[0]!r}')
-        row.paths = row.places = [image_place(name, folders) for name in row.names]
         split, row.example = (sharegpt_row(record, row.where, folders, tags) if row.is_talk
                               else plain_row(record, row.where, folders))
         row.split = check_choice(f'split in {row.where}', split or 'train', SPLITS)
         row.paths, row.answer = [Path(path) for path in row.example.images], row.example.target
-    except VlmError as error: row.problem, row.example = str(error).removeprefix(row.where).strip(), None
+    except (VlmError, OSError) as error:
+        row.problem, row.example = str(error)[:200].removeprefix(row.where).strip(), None
     return row
 
 # %% ../nbs/08_check.ipynb #7d22593a
@@ -267,7 +273,7 @@ def check_row(
     "A row that is no question with an answer"
     if row.problem and not any(check_placeholders(row)): yield 'broken-row', row.problem
 
-# %% ../nbs/08_check.ipynb #fd61de27
+# %% ../nbs/08_check.ipynb #e7ddfabd
 def check_marks(
     row: Row, # one row
 ): # pairs of kind and text
@@ -276,8 +282,7 @@ def check_marks(
     for what, text in (('question', question or ''), ('answer', row.answer or '')):
         found = [mark for mark in PLACEHOLDERS if mark in text]
         if found: yield 'marks', f'the {what} holds a literal {found[0]}'
-        try: text.encode()
-        except UnicodeEncodeError: yield 'broken-row', f'the {what} holds half a character (a lone surrogate)'
+        if not _is_text(text): yield 'broken-row', f'the {what} holds half a character (a lone surrogate)'
 
 # %% ../nbs/08_check.ipynb #a927507a
 def strict_json(
@@ -319,14 +324,15 @@ def check_path(
         yield 'outside', f"'{name}' leaves the folder, {way}"
     elif absolute: yield 'absolute', f"'{name}' is an absolute path"
 
-# %% ../nbs/08_check.ipynb #8677ba47
+# %% ../nbs/08_check.ipynb #baf7197d
 def check_file(
     path: Path, # an image
 ): # pairs of kind and text
     "A file that is not there, or has nothing in it"
-    if not path.is_file():
-        near = [there.name for there in path.parent.glob('*') if there.name.casefold() == path.name.casefold()]
-        yield 'missing', f"no file '{path.name}'" + (f", but one called '{near[0]}'" if near else '')
+    if not os.path.isfile(path):
+        there = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+        near = [f", but one called '{name}'" for name in there if name.casefold() == path.name.casefold()]
+        yield 'missing', f"no file '{path.name}'" + ''.join(near[:1])
     elif not path.stat().st_size: yield 'unreadable', 'the file is empty (0 bytes)'
 
 BEGINNINGS = {b'version https://git-lfs': 'a Git LFS pointer in place of the picture. Fetch it with: git lfs pull',
@@ -838,7 +844,7 @@ def check_lengths(
         text = f"{parts} of {most}. Our engine {ours}; LLaMA-Factory {found['llamafactory']}"
         yield Finding(row, 'cut' if sure else 'perhaps-cut', text if sure else f'at most {text}')
 
-# %% ../nbs/08_check.ipynb #20e9ce2d
+# %% ../nbs/08_check.ipynb #f7c36ec0
 def pictures_to_open(
     rows: list, # of `Row`
     root: Path, # the folder that images may not leave
@@ -846,7 +852,7 @@ def pictures_to_open(
 ) -> list: # paths
     "The pictures that a check may open"
     def is_outside(name, path): return any(kind == 'outside' for kind, _ in check_path(name, path, root))
-    pairs = [] if 'outside' in allow else [pair for row in rows for pair in zip(row.names, row.places)]
+    pairs = [] if 'outside' in allow else [pair for row in rows for pair in row.places.items()]
     closed = {path for name, path in pairs if is_outside(name, path)}
     return [path for row in rows for path in row.paths if path not in closed]
 
@@ -859,7 +865,7 @@ def check_each(
     for row in rows:
         for rule in (check_row, check_placeholders, check_marks):
             for found in rule(row): yield Finding(row, *found)
-        for name, path in zip(row.names, row.places):
+        for name, path in row.places.items():
             for found in check_path(name, path, root): yield Finding(row, *found)
         for path in row.paths:
             for kind, text in looks[path]['problems'] if path in looks else ():
@@ -976,7 +982,7 @@ def check_page(
     if facts: parts += [tag('h2', {}, 'Fields'), wide(facts)]
     return whole_page(title, parts, CHECK_STYLE)
 
-# %% ../nbs/08_check.ipynb #6c078678
+# %% ../nbs/08_check.ipynb #2eee42a2
 def _refuse(rows, bad):
     "Why rows cannot be moved aside, as an error"
     for row in (row for row in bad if row.number is None):
@@ -989,7 +995,7 @@ def _refuse(rows, bad):
 def _line(value):
     "A value as one line of JSON that a file can hold: half a character stays an escape"
     line = json_line(value)
-    return line if line.encode(errors='ignore').decode() == line else json.dumps(value)
+    return line if _is_text(line) else json.dumps(value)
 
 def _without(path, numbers):
     "The text of a file of rows without some of them"
