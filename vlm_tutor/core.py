@@ -6,9 +6,9 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/core.html.md"""
 
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'CONFIGS', 'COLOURS', 'PACKAGES', 'VlmError', 'nearest', 'check_choice', 'Example', 'load_image',
-           'atomic_write', 'read_json_file', 'read_jsonl', 'json_line', 'write_jsonl', 'append_jsonl', 'content_hash',
-           'hash_folder', 'Result', 'show_value', 'table', 'md_table', 'say', 'Progress', 'progress', 'asset',
-           'set_seed', 'package_version', 'versions', 'machine', 'RunFolder', 'read_yaml', 'write_yaml',
+           'upright_size', 'atomic_write', 'read_json_file', 'read_jsonl', 'json_line', 'write_jsonl', 'append_jsonl',
+           'content_hash', 'hash_folder', 'Result', 'show_value', 'table', 'md_table', 'say', 'Progress', 'progress',
+           'asset', 'set_seed', 'package_version', 'versions', 'machine', 'RunFolder', 'read_yaml', 'write_yaml',
            'find_llamafactory', 'doctor']
 
 # %% ../nbs/00_core.ipynb #c8e97838
@@ -97,6 +97,15 @@ def load_image(
 def load_images(self: Example) -> list: # PIL images, RGB
     "All images of the example, upright"
     return [load_image(path) for path in self.images]
+
+# %% ../nbs/00_core.ipynb #32f48dae
+def upright_size(
+    image, # an open PIL image, not yet decoded
+) -> tuple: # width and height
+    "Size of an open image as `load_image` will show it"
+    notes = {'exif', 'xmp', 'XML:com.adobe.xmp', 'Raw profile type exif'} & image.info.keys()
+    if image.format == 'TIFF' or image.format == 'PNG' and not notes: return image.size # PNG: would be decoded
+    return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
 
 # %% ../nbs/00_core.ipynb #5180a533
 def atomic_write(
@@ -216,9 +225,10 @@ class Result(dict):
         data: dict, # what `--json` prints
         text: str = '', # what a terminal shows
         markdown: str|None = None, # what a notebook shows; the text in a code block when missing
+        code: int = 0, # exit code of the command: 1 when it worked and found something that must be mended
     ):
         super().__init__(data)
-        self.text, self.markdown = text, markdown
+        self.text, self.markdown, self.code = text, markdown, code
     def __str__(self): return self.text or json.dumps(self, indent=1, ensure_ascii=False, default=str)
     def _repr_markdown_(self): return self.markdown or f'```text\n{self}\n```'
 
