@@ -12,7 +12,7 @@ __all__ = ['PACKAGE', 'ASSETS', 'CONFIGS', 'COLOURS', 'PACKAGES', 'VlmError', 'n
            'venvs_folder', 'find_llamafactory']
 
 # %% ../nbs/00_core.ipynb #c8e97838
-import difflib, hashlib, json, os, platform, random, re, shutil, subprocess, sys, time
+import difflib, hashlib, json, os, platform, random, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec

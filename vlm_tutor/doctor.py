@@ -6,10 +6,10 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/doctor.html.md"""
 
 # %% auto #0
 __all__ = ['ENVIRONMENTS', 'FACTORY_PACKAGES', 'FACTORY_EXTRAS', 'ASK', 'INSTALL', 'requirement', 'package_row', 'kernels',
-           'put_scaffold', 'make_venv', 'short', 'factory_facts', 'prove_factory', 'doctor']
+           'put_scaffold', 'short', 'make_venv', 'factory_facts', 'prove_factory', 'doctor']
 
 # %% ../nbs/00a_doctor.ipynb #09a5b99d
-import json, os, platform, re, shutil, subprocess, sys
+import json, os, platform, re, subprocess, sys
 from importlib import metadata
 from pathlib import Path
 
@@ -73,6 +73,22 @@ def put_scaffold(
         atomic_write(packages/'vlm_scaffold.pth', 'import vlm_scaffold\n')
 
 # %% ../nbs/00a_doctor.ipynb #a93a7e41
+def short(
+    path: str|Path, # a path
+) -> str: # with ~ for the home folder
+    "A path as people write it"
+    text, home = str(path), str(Path.home())
+    return '~' + text[len(home):] if text.startswith(home + '/') else text
+
+def _run(peer, command):
+    "One step of making an environment; its last words are the error"
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if not ran.returncode: return
+    why = [line for line in ran.stderr.splitlines() if line.strip()] or ['']
+    raise VlmError(f"cannot make the environment of '{peer}': {why[-1].strip()[:300]}",
+                   remedy='Look at network and disk, then give the same command again')
+
+# %% ../nbs/00a_doctor.ipynb #f406ed26
 def make_venv(
     peer: str, # one of `ENVIRONMENTS`
     folder: str|Path|None = None, # where environments are kept; `venvs_folder()` when None
@@ -90,21 +106,6 @@ def make_venv(
         atomic_write(done, json.dumps(steps))
     if peer == 'llama_factory': put_scaffold(venv)
     return python
-
-def _run(peer, command):
-    "One step of making an environment; its last words are the error"
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if not ran.returncode: return
-    why = [line for line in ran.stderr.splitlines() if line.strip()] or ['']
-    raise VlmError(f"cannot make the environment of '{peer}': {why[-1].strip()[:300]}",
-                   remedy='Look at network and disk, then give the same command again')
-
-def short(
-    path: str|Path, # a path
-) -> str: # with ~ for the home folder
-    "A path as people write it"
-    text, home = str(path), str(Path.home())
-    return '~' + text[len(home):] if text.startswith(home + '/') else text
 
 # %% ../nbs/00a_doctor.ipynb #1abc61e3
 FACTORY_PACKAGES = ('llamafactory', 'torch', 'torchvision', 'transformers', 'peft', 'accelerate', 'datasets')
