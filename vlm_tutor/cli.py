@@ -24,7 +24,7 @@ VERBS = {
         'Register a data set with LLaMA-Factory, in dataset_info.json and in your training YAML'),
     'pretrain-tiny': ('pretrain:pretrain_tiny',
         'Make the embedded base model again: vision, language, then both (hours on a CPU; resumes)'),
-    'train': ('train:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
+    'train': ('factory:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
     'predict': ('predict:predict',
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),
