@@ -1,4 +1,4 @@
-"""LLaMA-Factory as an engine: what it is given, what is refused, what comes home; and for real, where it can be made."""
+"""LLaMA-Factory as an engine: what it is given, what is refused, what comes home; and the real one."""
 import json, math, os, re, signal, subprocess, sys, time, warnings
 from pathlib import Path
 
@@ -99,8 +99,8 @@ def as_llama_factory_sees(path, processor, most, least):
 
 
 @pytest.mark.parametrize("size, mode, side", [
-    ((200, 208), "RGB", 1), ((640, 960), "RGB", 1), ((300, 326), "L", 1), ((640, 480), "RGB", 6), ((200, 120), "RGB", 6),
-    ((28, 30), "RGB", 1), ((313, 313), "CMYK", 1), ((1300, 40), "RGBA", 1)])
+    ((200, 208), "RGB", 1), ((640, 960), "RGB", 1), ((300, 326), "L", 1), ((640, 480), "RGB", 6),
+    ((200, 120), "RGB", 6), ((28, 30), "RGB", 1), ((313, 313), "CMYK", 1), ((1300, 40), "RGBA", 1)])
 def test_both_engines_see_the_same_pixels(tmp_path, size, mode, side):
     torch.manual_seed(0)
     noise = Image.fromarray(torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8).numpy()).convert(mode)
@@ -119,7 +119,7 @@ def test_both_engines_see_the_same_pixels(tmp_path, size, mode, side):
 
 
 def test_a_page_within_the_limits_is_used_where_it_lies_and_a_copy_is_made_once(tmp_path):
-    for name, size in (("small", (160, 160)), ("large", (900, 900))): Image.new("RGB", size).save(tmp_path/f"{name}.png")
+    for name, side in (("small", 160), ("large", 900)): Image.new("RGB", (side, side)).save(tmp_path/f"{name}.png")
     preprocess, copies = Preprocess(load_processor("tiny-receipts"), image_max_pixels=98304), tmp_path/"copies"
     assert f.ready_image(tmp_path/"small.png", preprocess, copies) == str((tmp_path/"small.png").resolve())
     assert not copies.exists()
@@ -139,7 +139,8 @@ def test_it_gets_the_rows_our_engine_takes_and_none_that_would_be_cut(player, da
     wanted = [e for e in split_examples(config, "train") if lengths.length(e) <= limit]
     assert [row["messages"][1]["content"] for row in given] == [e.target for e in wanted] and 0 < len(given) < 6
     held = read_json_file("runs/theirs/llamafactory/validation.json")
-    assert {row["images"][0] for row in held} <= {os.path.realpath(e.image) for e in split_examples(config, "validation")}
+    ours = split_examples(config, "validation")
+    assert {row["images"][0] for row in held} <= {os.path.realpath(e.image) for e in ours}
     assert events(RunFolder("runs/theirs"), "left_out")[0]["cutoff_len"] == limit
 
 
@@ -230,7 +231,7 @@ def test_a_loss_that_is_no_number_is_read_too():
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("more, said", [
-    (dict(fsdp=True), "fsdp=true is a switch of our own engine"), (dict(freeze_vision_tower=False), "wider vision tower"),
+    (dict(fsdp=True), "fsdp=true is a switch of our own"), (dict(freeze_vision_tower=False), "wider vision tower"),
     (dict(cutoff_len=40), "no row fits into cutoff_len 40"),
     (dict(adapter_name_or_path="nowhere"), "no adapter in 'nowhere'")])
 def test_what_it_cannot_do_is_said_before_it_starts(player, data, more, said):
@@ -261,7 +262,7 @@ def test_rows_it_would_stumble_over_are_named(player, data, tmp_path):
     preprocess = Preprocess(load_processor("tiny-receipts"))
     (tmp_path/"broken.png").write_bytes((ASSETS/"tiny-receipts/config.json").read_bytes())
     good = split_examples(load_config("tiny", dict(data=str(data))), "train")[0]
-    for example, said in ((Example("a", good.images, "Is <video> here?", "no"), "'<video>' stands in the text of row 'a'"),
+    for example, said in ((Example("a", good.images, "Is <video> here?", "no"), "'<video>' stands in .* row 'a'"),
                           (Example("b", [str(tmp_path/"broken.png")], "?", "{}"), "cannot read image .*broken.png"),
                           (Example("c", [str(tmp_path/"gone.png")], "?", "{}"), "no image .*gone.png")):
         with pytest.raises(VlmError, match=said): f.write_rows(tmp_path/"rows", "train", [example], preprocess)
@@ -269,9 +270,232 @@ def test_rows_it_would_stumble_over_are_named(player, data, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--engine", "lamafactory"], "Did you mean 'llamafactory'?"), (["--engine", "llamafactory"], "vlm doctor --install"),
+    (["--engine", "lamafactory"], "Did you mean 'llamafactory'?"), (["--engine", "llamafactory"], "vlm doctor --inst"),
     (["--predict"], "Use vlm predict RUN afterwards"), (["--engine", "llamafactory", "fsdp=true"], "fsdp=true")])
 def test_a_mistake_on_the_command_line_is_one_sentence(data, tmp_path, words, said):
     ran = vlm("train", "tiny", f"data={data}", *words, cwd=tmp_path, VLM_LLAMAFACTORY=str(tmp_path))
     assert ran.returncode == 2 and said in ran.stderr and ran.stderr.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+# --- the real one -----------------------------------------------------------------------------------------------------
+PROBE = """
+import json, sys, torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor
+from PIL import Image
+torch.manual_seed(0)
+told = {}
+for name in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32).eval()
+    image, grid = model.config.image_token_id, torch.tensor([[1, 8, 12]])
+    start, end = model.config.vision_start_token_id, model.config.vision_end_token_id
+    ids = torch.tensor([[5, 6, start] + [image]*24 + [end] + list(range(40, 70))])
+    pixels = torch.sin(torch.arange(96*3*2*8*8.)).view(96, -1)
+    with torch.no_grad():
+        told[name] = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), image_grid_thw=grid,
+                           pixel_values=pixels, mm_token_type_ids=(ids == image).int()).loss.item()
+print(json.dumps(told))
+"""
+ANSWERS = """
+import json, sys, torch
+from PIL import Image
+from peft import PeftModel
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+base, adapter, rows = sys.argv[1:]
+tokenizer, look = AutoTokenizer.from_pretrained(base), AutoImageProcessor.from_pretrained(base)
+model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+model, told = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval(), []
+for row in json.load(open(rows)):
+    seen = look(images=[Image.open(row['images'][0]).convert('RGB')], return_tensors='pt')
+    image = '<|vision_start|>' + '<|image_pad|>'*(int(seen['image_grid_thw'].prod())//4) + '<|vision_end|>'
+    chat = [dict(role='user', content=row['messages'][0]['content'].replace('<image>', image))]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, return_tensors='pt')
+    kinds = (ids['input_ids'] == model.config.image_token_id).int()
+    answers = [model.generate(**ids, **seen, **more, max_new_tokens=384, do_sample=False)
+               for more in ({}, dict(mm_token_type_ids=kinds))]
+    told.append([tokenizer.decode(a[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).rstrip() for a in answers])
+print(json.dumps(told))
+"""
+CORD = SMALL | dict(model_name_or_path="tiny-receipts", use_cpu=True, preprocessing_num_workers=2, val_size=.2,
+                    learning_rate=1e-3, disable_shuffling=True, gradient_accumulation_steps=1, max_samples=None)
+
+
+def reachable(folder):
+    "Can pip fetch LLaMA-Factory itself?"
+    words = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "llamafactory==0.9.5"]
+    return subprocess.run(words, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory):
+    "LLaMA-Factory's command, in the environment that the doctor makes; kept for the machine"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLM_LLAMAFACTORY", raising=False)
+        made = vlm("doctor", "--install", "llamafactory", "--json")
+        if made.returncode and not reachable(tmp_path_factory.mktemp("probe")):
+            warnings.warn("LLaMA-Factory was NOT tested: its packages cannot be reached")
+            pytest.skip("packages cannot be reached: " + made.stderr.strip().splitlines()[-1])
+        assert made.returncode == 0, made.stderr
+        found = json.loads(made.stdout)["llamafactory"]
+        patch.setenv("VLM_LLAMAFACTORY", found["command"])
+        assert found["versions"]["llamafactory"] == "0.9.5" and found["versions"]["transformers"] == "5.6.0"
+        yield found
+
+
+def cli(factory, *words, cwd):
+    "`llamafactory-cli` as a person types it"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    ran = subprocess.run([factory["command"], *words], cwd=cwd, capture_output=True, text=True,
+                         env=env | dict(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(cwd/"cache")))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def write_json(path, value): path.write_text(json.dumps(value))
+
+
+def losses(run): return [row["loss"] for row in events(RunFolder(run), "step")]
+
+
+def raw(run, group="finetuned-model"): return {row["id"]: row["raw"] for row in read_jsonl(run.predictions(group))}
+
+
+@pytest.fixture(scope="module")
+def both(factory, data, tmp_path_factory):
+    "The preset `cord` on eight receipts, by both engines; the folders of the runs"
+    place = tmp_path_factory.mktemp("both")
+    words = [f"{key}={value}".lower() if isinstance(value, bool) else f"{key}={value}" for key, value in
+             (CORD | dict(data=data, max_samples="null")).items()]
+    for name, more in dict(ours=[], theirs=["--engine", "llamafactory", "--predict"]).items():
+        ran = vlm("train", "cord", *words, f"output_dir={place/name}", *more, cwd=place)
+        assert ran.returncode == 0, ran.stderr
+    return RunFolder(place/"ours"), RunFolder(place/"theirs")
+
+
+@pytest.mark.slow
+def test_both_engines_report_the_same_losses_on_the_same_batches(both):
+    ours, theirs = map(lambda run: losses(run.path), both)
+    assert len(ours) == len(theirs) == 2 and abs(ours[0] - theirs[0]) < 1e-3
+    assert ours == pytest.approx(theirs, rel=1e-4), "same order, same first adapter"
+    for name in ("grad_norm", "learning_rate"):
+        a, b = ([row[name] for row in events(run, "step")] for run in both)
+        assert a == pytest.approx(b, rel=1e-3)
+    start = [events(run, "start")[0] for run in both]
+    assert all(start[0][name] == start[1][name] for name in ("rows", "validation", "trainable", "total", "data set"))
+
+
+@pytest.mark.slow
+def test_its_adapter_answers_as_ours_does_and_its_answers_are_a_group(both):
+    ours, theirs = both
+    for run in both: predict(str(run.path), "finetuned-model")
+    mine, other = map(raw, both)
+    assert sum(mine[name] == other[name] for name in mine) >= 7, "two steps with the same losses, the same answers"
+    group = read_jsonl(theirs.predictions(f.FACTORY_GROUP))
+    assert [row["id"] for row in group] == [e.id for e in split_examples(load_config(str(theirs.path)), "test")]
+    assert all(row["raw"] and row["decoding"]["engine"] == "llamafactory" for row in group)
+    for run in both:
+        for name in ("finetuned-model", f.FACTORY_GROUP)[:1 + (run is theirs)]:
+            assert vlm("evaluate", run.path, "--group", name).returncode == 0
+        assert vlm("compare", run.path).returncode == 0
+
+
+@pytest.mark.slow
+def test_what_it_answers_by_itself_has_plain_positions(factory, both):
+    "In its own environment: not told which tokens are image, generate writes its answers; told so, it writes ours"
+    theirs = both[1]
+    place = theirs.path/"llamafactory"
+    words = [factory["python"], "-c", ANSWERS, place/"base", theirs.adapter, place/"test.json"]
+    plain, told = zip(*json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+    predict(str(theirs.path), "finetuned-model")
+    ours, alone = raw(theirs), list(raw(theirs, f.FACTORY_GROUP).values())
+    mine = [ours[e.id] for e in split_examples(load_config(str(theirs.path)), "test")]
+    assert sum(map(str.__eq__, plain, alone)) >= 7
+    assert sum(a.startswith(b) for a, b in zip(told, mine)) >= 7, "ours stops at complete JSON"
+    assert sum(map(str.__eq__, alone, mine)) <= 1, "answered right by itself? Then the note of --predict can go"
+
+
+def hub_form(folder, goal):
+    "The same model as the hub has a Qwen2-VL: one flat config, rope_scaling of type mrope"
+    from safetensors.torch import save_file
+    config = read_json_file(folder/"config.json")
+    text, vision = config.pop("text_config"), config.pop("vision_config")
+    rope = text.pop("rope_parameters")
+    for name in ("layer_types", "model_type", "bos_token_id"): text.pop(name)
+    vision = {name: vision[name] for name in vision if name not in ("rope_parameters", "model_type", "in_channels")}
+    scaling = dict(type="mrope", mrope_section=rope["mrope_section"])
+    flat = text | config | dict(vision_config=vision | dict(in_chans=3), rope_theta=rope["rope_theta"],
+                                torch_dtype="float32", rope_scaling=scaling)
+    goal.mkdir()
+    write_json(goal/"config.json", {name: value for name, value in flat.items() if name != "dtype"})
+    save_file(load_file(folder/"model.safetensors"), goal/"model.safetensors", metadata=dict(format="pt"))
+    return goal
+
+
+@pytest.mark.slow
+def test_every_transformers_computes_the_same_from_the_common_form(factory, tmp_path):
+    "And from the hub's form of a Qwen2-VL; from the embedded base as it lies, the older one computes something else"
+    from vlm_tutor.bench import SETTINGS, make_work
+    settings = SETTINGS | dict(model="embedded-size", vocabulary=320, rows=1, image=[64, 96], answer_tokens=20)
+    small, lies = Path(make_work(settings, tmp_path)["model"]), ASSETS/"tiny-receipts"
+    common = save_common_form("tiny-receipts", tmp_path/"common")
+    alike = small, hub_form(small, tmp_path/"hub"), common
+    words = ["-c", PROBE, *map(str, (*alike, lies))]
+    here, there = (json.loads(subprocess.run([python, *words], capture_output=True, text=True, check=True).stdout)
+                   for python in (sys.executable, factory["python"]))
+    for folder in alike: assert there[str(folder)] == pytest.approx(here[str(folder)], abs=1e-5), folder
+    assert here[str(common)] == pytest.approx(here[str(lies)], abs=1e-5)
+    assert abs(there[str(lies)] - here[str(lies)]) > 1e-3, "read right by itself? Then the common form can go"
+
+
+@pytest.mark.slow
+def test_the_hand_typed_path(factory, both, tmp_path):
+    "Save, edit dataset_info.json, edit cord.yaml, llamafactory-cli train, export; then predict with what came out"
+    assert vlm("save-cord-dataset-in-sharegpt-format", "receipts", "--n", "8", cwd=tmp_path).returncode == 0
+    info = tmp_path/"LLaMA-Factory/data/dataset_info.json"
+    info.parent.mkdir(parents=True)
+    write_json(info, dict(identity=dict(file_name="identity.json")))
+    write_json(info, read_json_file(info) | dict(cord=dataset_entry(str(tmp_path/"receipts/cord.json"))))
+    save_common_form("tiny-receipts", tmp_path/"base", 589824, 1024)
+    rows = read_json_file(tmp_path/"receipts/cord.json")
+    theirs = read_json_file(both[1].path/"llamafactory/train.json")
+    order = [row["messages"] for row in rows]
+    rows = [rows[order.index(row["messages"])] for row in theirs] # the rows that val_size left, so that losses compare
+    write_json(tmp_path/"receipts/cord.json", rows)
+    keys = read_yaml(CONFIGS/"cord.yaml") | {k: v for k, v in CORD.items() if v is not None} | dict(
+        model_name_or_path=str(tmp_path/"base"), media_dir=str(tmp_path/"receipts"), output_dir="saves/cord",
+        val_size=0., eval_strategy="no")
+    write_yaml(tmp_path/"LLaMA-Factory/cord.yaml", keys)
+    cli(factory, "train", "cord.yaml", cwd=tmp_path/"LLaMA-Factory")
+    told = read_json_file(tmp_path/"LLaMA-Factory/saves/cord/trainer_state.json")["log_history"]
+    assert [row["loss"] for row in told if "loss" in row] == pytest.approx(losses(both[1].path), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_what_it_exports_answers_as_the_adapter_does(factory, both, data, tmp_path):
+    theirs = both[1]
+    write_yaml(tmp_path/"export.yaml", dict(
+        model_name_or_path=str(theirs.path/"llamafactory/base"), adapter_name_or_path=str(theirs.adapter),
+        template="qwen2_vl", export_dir=str(tmp_path/"merged"), export_device="cpu"))
+    cli(factory, "export", "export.yaml", cwd=tmp_path)
+    write_yaml(tmp_path/"run/config.yaml", theirs.config() | dict(model_name_or_path=str(tmp_path/"merged")))
+    predict(str(theirs.path), "finetuned-model")
+    predict(str(tmp_path/"run"), "vanilla-model")
+    merged, adapted = raw(RunFolder(tmp_path/"run"), "vanilla-model"), raw(theirs)
+    assert sum(merged[name] == adapted[name] for name in merged) >= 7
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_of_the_real_one_ends_as_one_that_was_not(factory, data, tmp_path):
+    steps = CORD | dict(data=str(data), max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="no",
+                        lora_dropout=0., val_size=0.)
+    f.train("cord", "llamafactory", overrides=steps | dict(output_dir=str(tmp_path/"whole")))
+    command = [sys.executable, "-m", "vlm_tutor.cli", "train", "cord", "--engine", "llamafactory",
+               *(f"{key}={'null' if value is None else value}" for key, value in steps.items()), "output_dir=half"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path/"half/llamafactory/output/checkpoint-2/trainer_state.json").exists() and process.poll() is None:
+        time.sleep(.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and not (tmp_path/"half/adapter").exists()
+    f.train("cord", "llamafactory", overrides=steps | dict(output_dir=str(tmp_path/"half")))
+    assert losses(tmp_path/"half") == pytest.approx(losses(tmp_path/"whole"), abs=1e-5)
+    assert "Resuming training from" in (tmp_path/"half/llamafactory/train.log").read_text()

@@ -456,9 +456,9 @@ def _train(config, run, command, device, loaded, data):
         raise
     _finish(run, config, told, start, left_out, before + time.perf_counter() - began)
 
-# %% ../nbs/19_factory.ipynb #647e0643
-PLAIN_POSITIONS = (f'note  {FACTORY_GROUP} is what LLaMA-Factory answers by itself. Version 0.9.5 gives the image tokens '
-                   'of Qwen2-VL plain positions then, unlike in training; judge the adapter with vlm predict')
+# %% ../nbs/19_factory.ipynb #9cc6e469
+PLAIN_POSITIONS = (f'note  {FACTORY_GROUP} is what LLaMA-Factory answers by itself. Version 0.9.5 gives the image '
+                   'tokens of Qwen2-VL plain positions then, unlike in training; judge the adapter with vlm predict')
 
 def _answer(config, run, command, device, preprocess):
     "Let LLaMA-Factory answer the test rows, unless its answers are on file"
