@@ -232,7 +232,7 @@ def test_a_loss_that_is_no_number_is_read_too():
 # --- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("more, said", [
     (dict(fsdp=True), "fsdp=true is a switch of our own"), (dict(freeze_vision_tower=False), "wider vision tower"),
-    (dict(cutoff_len=40), "no row fits into cutoff_len 40"),
+    (dict(flash_attn="fa2"), "flash_attn=fa2 needs a GPU"), (dict(cutoff_len=40), "no row fits into cutoff_len 40"),
     (dict(adapter_name_or_path="nowhere"), "no adapter in 'nowhere'")])
 def test_what_it_cannot_do_is_said_before_it_starts(player, data, more, said):
     with pytest.raises(VlmError, match=re.escape(said)): theirs(data, **more)

@@ -45,6 +45,8 @@ def kernels(
     gpus = facts['gpus']
     numbers = 'in bf16' if any(gpu['bf16'] for gpu in gpus) else 'in fp16; write bf16=false fp16=true'
     found = {'attention': "torch's own (sdpa)" if package_version('torch') else 'none without torch'}
+    for name in ('flash-attn', 'liger-kernel') if gpus else ():
+        found[name] = package_version(name) or "not here; pip install 'vlm_tutor[kernels]'"
     if gpus: return found | {'numbers': numbers}
     if package_version('torch'):
         import torch

@@ -6,25 +6,25 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/factory.html.md"""
 
 # %% auto #0
 __all__ = ['FACTORY_TYPES', 'SIDEWAYS', 'PLACEHOLDERS', 'REPLACED', 'FACTORY_GROUP', 'ENGINES', 'PLAIN_POSITIONS', 'need_factory',
-           'check_factory', 'our_size', 'ready_image', 'write_rows', 'why_misread', 'base_for_factory', 'check_limits',
-           'base_hash', 'factory_keys', 'FactoryLog', 'follow', 'factory_environment', 'stop', 'run_factory',
-           'factory_events', 'collect_adapter', 'weights_in', 'predict_keys', 'prediction_rows', 'check_engine',
-           'train_by_factory', 'train']
+           'check_factory', 'check_its_kernels', 'our_size', 'ready_image', 'write_rows', 'why_misread',
+           'base_for_factory', 'check_limits', 'base_hash', 'factory_keys', 'FactoryLog', 'follow',
+           'factory_environment', 'stop', 'run_factory', 'factory_events', 'collect_adapter', 'weights_in',
+           'predict_keys', 'prediction_rows', 'check_engine', 'train_by_factory', 'train']
 
-# %% ../nbs/19_factory.ipynb #c4d0aca1
+# %% ../nbs/19_factory.ipynb #7944b364
 import json, math, os, re, shutil, signal, subprocess, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from .config import OWN_KEYS, as_dict, ineffective_keys, load_config, plan_steps
+from .config import KERNELS, OWN_KEYS, as_dict, ineffective_keys, load_config, plan_steps
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, check_choice,
                             content_hash, find_llamafactory, load_image, machine, progress, read_json_file,
                             read_jsonl, read_yaml, say, write_jsonl, write_yaml)
 from .doctor import INSTALL, factory_facts, short
 from .predict import (ADAPTER_FILES, BASE_FILE, adapter_hash, answer_limit, check_base, choose_adapter,
                                choose_device, image_hash, model_hash, rows_on_file, split_examples)
-from .sharegpt import dataset_entry, sharegpt_record
+from .sharegpt import dataset_entry, set_entries, sharegpt_record
 from .train import (check_same, data_hash, events, fitting, plot_loss, say_left_out, start_log,
                              train_result)
 from .train import train as train_natively
@@ -54,7 +54,21 @@ def check_factory(
     for wrong, what in rules:
         if wrong: raise VlmError(what, remedy='Leave it out, or train with --engine native')
 
-# %% ../nbs/19_factory.ipynb #d9b7877e
+# %% ../nbs/19_factory.ipynb #43fe60e4
+def check_its_kernels(
+    config, # a `Config`
+    device: str, # "cpu" or "cuda"
+    facts: dict, # from `factory_facts`
+):
+    "Refuse kernels that LLaMA-Factory is asked for and cannot use here"
+    for name, (value, _, package) in KERNELS.items():
+        if getattr(config, name) != value: continue
+        if device == 'cpu': raise VlmError(f'{name}={str(value).lower()} needs a GPU', remedy='Leave it out on a CPU')
+        if facts['python'] and not facts['versions'][package]:
+            raise VlmError(f"{name}={str(value).lower()} needs the package '{package}' beside LLaMA-Factory",
+                           remedy=f"{short(facts['python'])} -m pip install {package}")
+
+# %% ../nbs/19_factory.ipynb #9f7dddd8
 def our_size(
     path, # an image file
     preprocess, # a `Preprocess`
@@ -65,14 +79,17 @@ def our_size(
     (height, width), images, limits = image_size(path), preprocess.processor.image_processor, preprocess.size
     most, least, factor = limits['longest_edge'], limits['shortest_edge'], images.patch_size*images.merge_size
     ours = smart_resize(height, width, factor, least, most)[::-1]
-    area = width*height
-    if not least <= area <= most: # it resizes such an image first, in proportion
-        share = (most if area > most else least)/area
-        width, height = int(width*share**.5), int(height*share**.5)
-    theirs = smart_resize(height, width, factor, images.size['shortest_edge'], images.size['longest_edge'])[::-1]
-    return ours, theirs, least <= area <= most and ours == theirs
+    first = _into(width, height, least, most)
+    theirs = smart_resize(*first[::-1], factor, images.size['shortest_edge'], images.size['longest_edge'])[::-1]
+    return ours, theirs, first == (width, height) and ours == theirs
 
-# %% ../nbs/19_factory.ipynb #df73f7fd
+def _into(width, height, least, most):
+    "What LLaMA-Factory does first: bring an image in proportion to between `least` and `most` pixels"
+    area = width*height
+    share = (most/area if area > most else least/area if area < least else 1)**.5
+    return int(width*share), int(height*share)
+
+# %% ../nbs/19_factory.ipynb #ae6b0aec
 SIDEWAYS = 0x0112 # the EXIF note that says how a photo was held
 
 def ready_image(
@@ -87,14 +104,17 @@ def ready_image(
     ours, _, alike = our_size(path, preprocess)
     if upright and alike: return os.path.realpath(path)
     copy = Path(folder).resolve()/f'{content_hash(path)}-{ours[0]}x{ours[1]}.png'
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        half = copy.with_suffix('.half')
-        image.resize(ours, Image.Resampling.BICUBIC).save(half, 'PNG', compress_level=1)
-        os.replace(half, copy)
+    if not copy.exists(): _save(image.resize(ours, Image.Resampling.BICUBIC), copy)
     return str(copy)
 
-# %% ../nbs/19_factory.ipynb #8dec06c4
+def _save(image, path):
+    "A PNG without loss, whole or not at all"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix('.half')
+    image.save(half, 'PNG', compress_level=1)
+    os.replace(half, path)
+
+# %% ../nbs/19_factory.ipynb #484265ba
 PLACEHOLDERS = ('<image>', '<video>', '<audio>')
 
 def write_rows(
@@ -106,15 +126,17 @@ def write_rows(
     "One split as ShareGPT JSON, its images ready"
     records = []
     for example in progress(examples, label=f'{name} for LLaMA-Factory', unit='row'):
-        found = next((mark for mark in PLACEHOLDERS if mark in example.prompt + example.target), None)
-        if found: raise VlmError(f"'{found}' stands in the text of row '{example.id}', where LLaMA-Factory looks for a "
-                                 'picture', remedy='Take it out of the row, or train with --engine native')
+        _check_text(example)
         images = [ready_image(path, preprocess, Path(folder)/'images') for path in example.images]
         records.append(sharegpt_record(example, images))
     atomic_write(Path(folder)/f'{name}.json', json.dumps(records, ensure_ascii=False))
-    info = Path(folder)/'dataset_info.json'
-    entries = read_json_file(info) if info.exists() else {}
-    atomic_write(info, json.dumps(entries | {name: dataset_entry(f'{name}.json')}, indent=2) + '\n')
+    set_entries(Path(folder)/'dataset_info.json', {name: dataset_entry(f'{name}.json')}, force=True)
+
+def _check_text(example):
+    "Refuse a text with a placeholder in it"
+    found = next((mark for mark in PLACEHOLDERS if mark in example.prompt + example.target), None)
+    if found: raise VlmError(f"'{found}' stands in the text of row '{example.id}', where LLaMA-Factory looks for a "
+                             'picture', remedy='Take it out of the row, or train with --engine native')
 
 # %% ../nbs/19_factory.ipynb #1280a8b8
 def why_misread(
@@ -254,7 +276,7 @@ def stop(
         try: process.wait(wait)
         except subprocess.TimeoutExpired: pass
 
-# %% ../nbs/19_factory.ipynb #36d6f900
+# %% ../nbs/19_factory.ipynb #3c02b11d
 def run_factory(
     command: str, # llamafactory-cli
     place: Path, # where YAML, log and output lie
@@ -266,8 +288,7 @@ def run_factory(
     yaml, file = write_yaml(place/f'{name}.yaml', keys), place/f'{name}.log'
     told, bar = FactoryLog(total), Progress(total or None, name, 'step')
     with open(file, 'wb') as kept:
-        process = subprocess.Popen([command, 'train', str(yaml)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   cwd=place, env=factory_environment(command, place, keys), start_new_session=True)
+        process = _start([command, 'train', str(yaml)], place, factory_environment(command, place, keys))
         try:
             for line in follow(process.stdout, kept): _show(bar, told, told.read(line))
             code = process.wait()
@@ -277,7 +298,12 @@ def run_factory(
     if code: raise VlmError(_why(code, told), remedy=f'Read {short(file)}')
     return told
 
-# %% ../nbs/19_factory.ipynb #b1a30f74
+# %% ../nbs/19_factory.ipynb #ad03ae45
+def _start(words, place, environment):
+    "A program in a group of its own, so that all it starts can be stopped"
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=place, env=environment,
+                            start_new_session=True)
+
 def _show(bar, told, stepped):
     "Move the progress line to where the log is"
     bar.total = told.total or None
@@ -306,7 +332,7 @@ def factory_events(
             if found not in rows: rows.append(found)
     return rows
 
-# %% ../nbs/19_factory.ipynb #10e45dfa
+# %% ../nbs/19_factory.ipynb #d7d0cf8c
 def collect_adapter(
     output: Path, # what LLaMA-Factory wrote
     run, # a `RunFolder`
@@ -315,16 +341,20 @@ def collect_adapter(
     "Put LLaMA-Factory's adapter into the run folder, whole or not at all"
     half = run.path/'.adapter.tmp'
     shutil.rmtree(half, ignore_errors=True)
-    for name in ADAPTER_FILES:
-        if not (output/name).exists(): raise VlmError(f"LLaMA-Factory ended without '{output/name}'",
-                                                      remedy=f'Read {short(output.parent/"train.log")}')
-        half.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(output/name, half/name)
+    _copy_adapter(output, half)
     about = read_json_file(half/ADAPTER_FILES[0]) | dict(base_model_name_or_path=base['name'])
     atomic_write(half/ADAPTER_FILES[0], json.dumps(about, indent=2) + '\n')
     atomic_write(half/BASE_FILE, json.dumps(base) + '\n')
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.replace(half, run.adapter)
+
+def _copy_adapter(output, goal):
+    "The two files of an adapter"
+    for name in ADAPTER_FILES:
+        if not (output/name).exists(): raise VlmError(f"LLaMA-Factory ended without '{output/name}'",
+                                                      remedy=f'Read {short(output.parent/"train.log")}')
+        goal.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(output/name, goal/name)
 
 # %% ../nbs/19_factory.ipynb #a16c8e52
 def weights_in(
@@ -367,7 +397,7 @@ def prediction_rows(
     return [dict(id=e.id, raw=row['predict'].rstrip('\n'), seconds=round(seconds/len(told), 4), **now, prompt=e.prompt,
                  truth=e.target, image=image_hash(e), error=None) for e, row in zip(examples, told)]
 
-# %% ../nbs/19_factory.ipynb #1481f732
+# %% ../nbs/19_factory.ipynb #eb31cf28
 ENGINES = ('native', 'llamafactory')
 
 def check_engine(
@@ -375,10 +405,9 @@ def check_engine(
     engine: str, # one of `ENGINES`
 ):
     "Raise a `VlmError` when another engine began the run"
-    for start in events(run, 'start'):
-        other = start.get('engine', 'native')
-        if other != engine: raise VlmError(f"run '{run.path}' was begun with --engine {other}",
-                                           remedy='Give that engine, or choose another output_dir')
+    for other in {start.get('engine', 'native') for start in events(run, 'start')} - {engine}:
+        raise VlmError(f"run '{run.path}' was begun with --engine {other}",
+                       remedy='Give that engine, or choose another output_dir')
 
 # %% ../nbs/19_factory.ipynb #6a27cef7
 def _announce(config, command, counts, device, reasons):
@@ -476,19 +505,20 @@ def _answer(config, run, command, device, preprocess):
                                           time.perf_counter() - began))
     return f'answers  {path}\nnext     vlm evaluate {run.path} --group {FACTORY_GROUP}'
 
-# %% ../nbs/19_factory.ipynb #8777f2d4
-def _eyes(config):
-    "How our engine would look at the rows, and why LLaMA-Factory would misread the base"
+# %% ../nbs/19_factory.ipynb #b6feb27e
+def _eyes(config, device, command):
+    "How our engine would look at the rows, and why LLaMA-Factory would misread the base; refuses what cannot be"
     from vlm_tutor.collate import Preprocess
     from vlm_tutor.tiny import load_processor
     reasons = why_misread(config.model_name_or_path)
     check_factory(config, reasons)
+    check_its_kernels(config, choose_device(config, device)[0], factory_facts(command))
     preprocess = Preprocess(load_processor(config.model_name_or_path), config.cutoff_len, config.image_max_pixels,
                             config.image_min_pixels)
     check_limits(config, preprocess, reasons)
     return preprocess, reasons
 
-# %% ../nbs/19_factory.ipynb #b064e237
+# %% ../nbs/19_factory.ipynb #0123e71c
 def train_by_factory(
     config: str, # a preset, a YAML file or a run folder
     device: str = 'auto', # auto, cpu or cuda
@@ -501,11 +531,10 @@ def train_by_factory(
     examples, validation = split_examples(config, 'train'), split_examples(config, 'validation')
     command, run, data = need_factory(), RunFolder(config.output_dir), data_hash(examples)
     check_engine(run, 'llamafactory')
+    done = run.adapter.exists() and bool(events(run, 'done'))
+    preprocess, reasons = _eyes(config, device, command) if predict or not done else (None, [])
     run = RunFolder.create(run.path, as_dict(config))
     check_same(run, 'data set', data)
-    done = run.adapter.exists() and bool(events(run, 'done'))
-    if done and not predict: return train_result(run, again=True)
-    preprocess, reasons = _eyes(config)
     if not done: _train(config, run, command, device, (preprocess, reasons, examples, validation), data)
     result = train_result(run, again=done)
     if predict: result.text = f"{result.text}\n{_answer(config, run, command, device, preprocess)}"

@@ -208,9 +208,7 @@ def ask(
 # %% ../nbs/12_tiny.ipynb #0ab6544f
 OLD_THETA = 1e4 # from which an older vision tower makes its frequencies, whatever the config says
 
-def misread(
-    config: dict, # what a config.json holds
-) -> list: # reasons; empty when every transformers 5 reads it alike
+def misread(config: dict) -> list: # what a config.json holds; reasons, or nothing when all read it alike
     "Why an older transformers computes something else from a Qwen2-VL folder, without a word"
     if config.get('model_type') != 'qwen2_vl': return []
     text, vision = ((config.get(f'{part}_config') or {}).get('rope_parameters') or {} for part in ('text', 'vision'))
