@@ -12,7 +12,7 @@ import importlib, sys
 
 # %% ../nbs/27_cli.ipynb #16b0f0fb
 VERBS = {
-    'doctor': ('core:doctor', 'What is installed, what this machine can do, and what to mend'),
+    'doctor': ('doctor:doctor', 'What is installed, what this machine can do, and what to mend'),
     'config': ('config:show_config', 'What a configuration says, what it means, and what is wrong with it'),
     'synth': ('receipts:synth', 'Draw synthetic receipts: one PNG and one JSON of truth each'),
     'show': ('sources:show', 'Look at the first examples of a source'),
@@ -26,7 +26,7 @@ VERBS = {
         'Find what would spoil a training run: broken rows and pictures, leaks, rows too long'),
     'pretrain-tiny': ('pretrain:pretrain_tiny',
         'Make the embedded base model again: vision, language, then both (hours on a CPU; resumes)'),
-    'train': ('train:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
+    'train': ('factory:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
     'predict': ('predict:predict',
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),
@@ -80,7 +80,8 @@ def verb_parser(
     "The command line of a verb, read off the function's signature and comments"
     import inspect
     from fastcore.script import anno_parser
-    names = list(inspect.signature(function).parameters)
+    given = inspect.signature(function).parameters
+    names = [name for name, about in given.items() if about.kind != about.KEYWORD_ONLY]
     parser = anno_parser(function, prog=f'vlm {verb}', pos=[*names[:1], 'overrides'])
     parser.allow_abbrev, parser.error = False, lambda message: _refuse(parser, message)
     _open_lists(parser)
