@@ -11,7 +11,7 @@ __all__ = ['FACTORY_TYPES', 'SIDEWAYS', 'PLACEHOLDERS', 'REPLACED', 'FACTORY_GRO
            'factory_environment', 'stop', 'run_factory', 'factory_events', 'collect_adapter', 'weights_in',
            'predict_keys', 'prediction_rows', 'check_engine', 'train_by_factory', 'train']
 
-# %% ../nbs/19_factory.ipynb #7944b364
+# %% ../nbs/19_factory.ipynb #8882c2ec
 import json, math, os, re, shutil, signal, subprocess, time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, atomic_w
                             read_jsonl, read_yaml, say, write_jsonl, write_yaml)
 from .doctor import INSTALL, factory_facts, short
 from .predict import (ADAPTER_FILES, BASE_FILE, adapter_hash, answer_limit, check_base, choose_adapter,
-                               choose_device, image_hash, model_hash, rows_on_file, split_examples)
+                               choose_device, image_hash, load_preprocess, model_hash, rows_on_file, split_examples)
 from .sharegpt import dataset_entry, set_entries, sharegpt_record
 from .train import (check_same, data_hash, events, fitting, plot_loss, say_left_out, start_log,
                              train_result)
@@ -505,16 +505,13 @@ def _answer(config, run, command, device, preprocess):
                                           time.perf_counter() - began))
     return f'answers  {path}\nnext     vlm evaluate {run.path} --group {FACTORY_GROUP}'
 
-# %% ../nbs/19_factory.ipynb #b6feb27e
+# %% ../nbs/19_factory.ipynb #89eb1a74
 def _eyes(config, device, command):
     "How our engine would look at the rows, and why LLaMA-Factory would misread the base; refuses what cannot be"
-    from vlm_tutor.collate import Preprocess
-    from vlm_tutor.tiny import load_processor
     reasons = why_misread(config.model_name_or_path)
     check_factory(config, reasons)
     check_its_kernels(config, choose_device(config, device)[0], factory_facts(command))
-    preprocess = Preprocess(load_processor(config.model_name_or_path), config.cutoff_len, config.image_max_pixels,
-                            config.image_min_pixels)
+    preprocess = load_preprocess(config)
     check_limits(config, preprocess, reasons)
     return preprocess, reasons
 
