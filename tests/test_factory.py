@@ -188,7 +188,8 @@ def test_an_interrupted_run_stops_all_its_processes_and_goes_on(player, data):
     (player/"slow").touch()
     command = [sys.executable, "-m", "vlm_tutor.cli", "train", "tiny", "--engine", "llamafactory",
                *(f"{key}={value}" for key, value in options(data).items())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (player/"pid").exists() and process.poll() is None: time.sleep(.1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0]
