@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from vlm_tutor import features
 from vlm_tutor.collate import image_size
 from vlm_tutor.config import check_kernels, load_config
 from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, set_seed
-from vlm_tutor.engine import Engine, LeanLoss, PlainLoss, epoch_order, last_checkpoint, shard, step_rows
+from vlm_tutor.engine import Engine, LeanLoss, PlainLoss, choose_loss, epoch_order, last_checkpoint, shard, step_rows
 from vlm_tutor.lean import attend
 from vlm_tutor.lora import build_adapter
 from vlm_tutor.predict import adapter_hash, load_run_model, split_examples
@@ -86,6 +87,27 @@ def test_every_switch_keeps_the_losses_of_plain_transformers(data, by_hand, tmp_
 def test_every_kernel_keeps_the_losses_of_plain_transformers(data, by_hand, tmp_path, change):
     train("tiny", overrides=options(data, tmp_path / "run", **change))
     assert losses(tmp_path / "run")[:3] == pytest.approx(by_hand[:3], rel=1e-4)
+
+
+def test_torch_compile_reaches_every_layer(data):
+    config = load_config("tiny", options(data, "unused", torch_compile=True))
+    model = adapted(config)
+    assert "torch_compile" in choose_loss(model, None, config)[1]
+    layers = model.get_base_model().model.language_model.layers
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+
+
+def test_a_tower_on_a_cpu_attends_head_by_head_and_its_features_stay_the_same(data, loaded, monkeypatch):
+    config, preprocess, _ = loaded
+    model, image = adapted(config), split_examples(config, "train")[0].image
+    store, calls, own = features.Features(model, preprocess), [], features.attend_all
+    monkeypatch.setattr(features, "attend_all", lambda *given: calls.append(given[0].shape) or own(*given))
+    pixels, grid = store.patches(image)
+    tower = model.get_base_model().model.visual
+    with torch.no_grad(): stock = model.get_base_model().model.get_image_features(pixels, grid).pooler_output
+    assert not calls, "outside, the model attends as it did"
+    torch.testing.assert_close(store.look(pixels, grid), torch.cat(tuple(stock)), rtol=1e-4, atol=1e-4)
+    assert len(calls) == len(tower.blocks)
 
 
 @pytest.mark.parametrize("key", ["flash_attn=fa2", "enable_liger_kernel=true"])

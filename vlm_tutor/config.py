@@ -416,15 +416,17 @@ KERNELS = dict(flash_attn=('fa2', 'flash_attn', 'flash-attn'),
 def check_kernels(
     config: Config, # a configuration
     device: str, # "cpu" or "cuda"
+    there: dict|None = None, # {package: version} of another environment; this one when None
+    pip: str = 'pip', # how packages are installed there
 ):
     "Raise a `VlmError` for kernels that are asked for and are not there"
     for name, (value, module, package) in KERNELS.items():
         if getattr(config, name) != value: continue
         without = f'{name}={yaml_value(FIELDS[name].default)}'
         if device == 'cpu': raise VlmError(f'{name}={yaml_value(value)} needs a GPU', remedy=f'On a CPU set {without}')
-        if not find_spec(module):
-            raise VlmError(f"{name}={yaml_value(value)} needs the package '{package}'",
-                           remedy=f'pip install {package}, or set {without}')
+        found = find_spec(module) if there is None else there.get(package, 'perhaps')
+        if not found: raise VlmError(f"{name}={yaml_value(value)} needs the package '{package}'",
+                                     remedy=f'{pip} install {package}, or set {without}')
 
 # %% ../nbs/03_config.ipynb #97b8baae
 def image_tokens(
