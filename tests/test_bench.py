@@ -48,7 +48,7 @@ def test_each_trick_stands_alone_and_is_left_out_once():
 @pytest.mark.parametrize("text, said", [
     ("engnies: {}", "Did you mean 'engines'?"), ("task: trian", "Did you mean 'train'?"),
     ("engines: {ours: {worker: ours}}", "at least one more"), ("base: {row: 4}", "Did you mean 'rows'?"),
-    ("base: {rows: many}", "rows in base is 'many'"), ("base: {rows: 0}", "a number above 0"),
+    ("base: {rows: many}", "rows in base is 'many'"), ("base: {rows: 0}", "rows in base is 0. Allowed: above 0"),
     ("engines: {trl: {worker: sft}, ours: {worker: ours}}", "'ours' first"),
     ("engines: {ours: {worker: ours}, trl: {worker: srt}}", "Did you mean 'sft'?"),
     ("engines: {ours: {worker: ours}, trl: {worker: sft, peer: tlr}}", "Did you mean 'trl'?")])

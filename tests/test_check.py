@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vlm_tutor.check import (LOOK, MEND, NEAR, TokenCounter, check, factory_fate, factory_size, fingerprint, look_at,
-                             look_at_all, near_copies, number_marks, size_tokens, small_grey)
+from vlm_tutor.check import (LOOK, MEND, NEAR, TokenCounter, check, check_page, factory_fate, factory_size,
+                             fingerprint, look_at, look_at_all, near_copies, number_marks, size_tokens, small_grey)
 from vlm_tutor.config import load_config
 from vlm_tutor.core import Example, VlmError, asset, find_llamafactory, load_image, read_jsonl, write_jsonl
 from vlm_tutor.receipts import make_receipt
@@ -170,6 +170,7 @@ def test_the_report_is_one_safe_page(planted):
     assert all(f'id="{kind}"' in page for kind in planted.wanted)
     assert "http" not in page.split("</head>")[1] and "<script" not in page and "<image> burger" not in page
     assert json.loads(Path(planted.result["file"]).read_text())["findings"] == planted.result["findings"]
+    assert "Nothing was found" not in page and "Nothing was found" in check_page("clean", [], [], [], [], {})
 
 
 def test_what_lies_outside_is_opened_only_when_allowed(tmp_path):

@@ -54,10 +54,10 @@ def checked(
         kind = type(known[name])
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if known[name] is not None and not fits:
-            raise VlmError(f"{name} in {what} is {value!r}", f'a value such as {known[name]!r}')
-        least = 'a number, 0 or above' if known[name] == 0 else 'a number above 0'
+            raise VlmError(f"{name} in {what} is {value!r}", f'Allowed: a value such as {known[name]!r}')
+        least = '0 or above' if known[name] == 0 else 'above 0'
         if kind in (int, float) and name != 'seed' and (value < 0 or value == 0 != known[name]):
-            raise VlmError(f'{name} in {what} is {value}', least)
+            raise VlmError(f'{name} in {what} is {value}', f'Allowed: {least}')
     return dict(given or {})
 
 # %% ../nbs/25_bench.ipynb #5acf18bc

@@ -977,7 +977,7 @@ def check_page(
     weights = {'mend': tag('span', {'class': 'weight'}, 'mend'), 'look': 'look'}
     rows = [dict(finding=tag('a', {'href': f"#{line['finding']}"}, line['finding']), weight=weights[line['weight']],
                  rows=line['rows'], remedy=line['remedy']) for line in lines]
-    parts = [*(tag('p', {}, note) for note in notes), *([wide(rows)] if rows else [])]
+    parts = [*(tag('p', {}, note) for note in notes), wide(rows) if rows else tag('p', {}, 'Nothing was found.')]
     for line in lines: parts += _section(line, found, looks)
     if facts: parts += [tag('h2', {}, 'Fields'), wide(facts)]
     return whole_page(title, parts, CHECK_STYLE)

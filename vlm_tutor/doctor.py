@@ -44,7 +44,8 @@ def kernels(
     "The fast parts that our own engine can use on this machine"
     gpus = facts['gpus']
     numbers = 'in bf16' if any(gpu['bf16'] for gpu in gpus) else 'in fp16; write bf16=false fp16=true'
-    found = {'attention': "torch's own (sdpa)" if package_version('torch') else 'none without torch'}
+    ours = "torch's own" if gpus else "ours, in blocks; torch's own (sdpa) for narrow heads"
+    found = {'attention': ours if package_version('torch') else 'none without torch'}
     for name in ('flash-attn', 'liger-kernel') if gpus else ():
         found[name] = package_version(name) or "not here; pip install 'vlm_tutor[kernels]'"
     if gpus: return found | {'numbers': numbers}
