@@ -298,7 +298,7 @@ def what_changed(
     if row['split'] != now['split']: return None
     if row['decoding'] != now['decoding']: return 'decoding'
     if example is None: return None
-    if row['prompt'] != example.prompt: return 'prompt'
+    if (row['prompt'], row.get('system', '')) != (example.prompt, example.system): return 'prompt'
     return 'image' if row['image'] != image_hash(example) else None
 
 # %% ../nbs/17_predict.ipynb #7c06fe41
@@ -348,7 +348,8 @@ def _predict_rows(path, now, todo, model, preprocess, batch_size, features, sche
         answers = answer_batch(model, preprocess, batch, **keys)
         seconds = (time.perf_counter() - began)/len(batch)
         for example, (raw, error) in zip(batch, answers):
-            append_jsonl(path, dict(id=example.id, raw=raw, seconds=round(seconds, 4), **now, prompt=example.prompt,
+            asked = dict(prompt=example.prompt) | ({'system': example.system} if example.system else {})
+            append_jsonl(path, dict(id=example.id, raw=raw, seconds=round(seconds, 4), **now, **asked,
                                     truth=example.target, image=image_hash(example), error=error))
         bar.update(len(batch))
     bar.close()
