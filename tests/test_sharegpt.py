@@ -1,5 +1,5 @@
 """Chapter 07 where a notebook cannot go: odd texts, crashes, other people's files, other working directories."""
-import json, os, shutil, subprocess, sys, tempfile
+import hashlib, json, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest
@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from vlm_tutor.core import Example, VlmError, read_jsonl
+from vlm_tutor.pages import place_image
 from vlm_tutor.receipts import make_examples
-from vlm_tutor.sharegpt import (meta_row, place_image, register, save_cord_dataset_in_sharegpt_format,
+from vlm_tutor.sharegpt import (meta_row, register, save_cord_dataset_in_sharegpt_format,
                                 save_dataset_in_sharegpt_format, set_config, set_entries, with_entry, with_settings,
                                 write_split)
 from vlm_tutor.sources import load_examples, load_splits
@@ -39,6 +40,12 @@ def rows(folder, n=3, grey=0):
     return [Example(f"doc-{i}", [place], "Read.", f'{{"n":{i}}}', {"i": i}) for i, place in enumerate(places)]
 
 
+def stored(path):
+    "The name of an image in a data set, as `sha256sum` would tell it"
+    kind = {".jpeg": ".jpg"}.get(path.suffix.lower(), path.suffix.lower())
+    return f"images/{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}{kind}"
+
+
 def facts(examples):
     "All that must come back, images as bytes"
     return [(e.id, e.prompt, e.target, e.meta, [Path(p).read_bytes() for p in e.images]) for e in examples]
@@ -58,15 +65,17 @@ def test_files_are_exactly_what_llama_factory_reads(tmp_path):
     made = make_examples(1, folder=tmp_path)
     save_cord_dataset_in_sharegpt_format(tmp_path / "out", n=1)
     assert json.loads((tmp_path / "out/cord.json").read_text()) == [
-        {"messages": [{"role": "user", "content": "<image>" + made[0].prompt},
-                      {"role": "assistant", "content": made[0].target}], "images": ["images/train-00000.png"]}]
+        {"id": "train-00000", "messages": [{"role": "user", "content": "<image>" + made[0].prompt},
+                                           {"role": "assistant", "content": made[0].target}],
+         "images": [stored(made[0].image)]}]
     info = json.loads((tmp_path / "out/dataset_info.json").read_text())
     assert info == {k: {**ENTRY, "file_name": f"{k}.json"} for k in ("cord", "cord_validation", "cord_test")}
     assert list(info) == ["cord", "cord_validation", "cord_test"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["cord.json", "cord_test.json", "cord_validation.json",
-                                                    "dataset_info.json", "images", "meta.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["cord.json", "cord.schema.json", "cord_test.json",
+                                                    "cord_validation.json", "dataset_info.json", "images", "meta.jsonl"]
     meta = read_jsonl(tmp_path / "out/meta.jsonl")
-    assert meta[0] == {"id": "train-00000", "split": "train", "image": "images/train-00000.png", **made[0].meta}
+    assert meta[0] == {"id": "train-00000", "data_set": "cord", "split": "train", "image": stored(made[0].image),
+                       **made[0].meta}
 
 
 def test_datasets_loads_the_file_as_llama_factory_does(tmp_path):
@@ -151,7 +160,7 @@ def test_meta_that_would_change_is_refused(meta):
 def test_images_are_linked_not_encoded(tmp_path, kind):
     image = picture(tmp_path / f"photo.{kind}")
     write_split(tmp_path / "out", "d", "train", [Example("x", [image], "Read.", "4")])
-    assert os.path.samefile(tmp_path / f"out/images/x.{kind}", image)
+    assert os.path.samefile(tmp_path / "out" / stored(image), image)
 
 
 def test_images_of_another_file_system_are_copied_byte_for_byte(tmp_path):
@@ -169,14 +178,18 @@ def test_a_symlinked_image_outlives_its_symlink(tmp_path):
     (tmp_path / "docs/link.png").symlink_to(picture(tmp_path / "real.png"))
     write_split(tmp_path / "out", "d", "train", [Example("x", [tmp_path / "docs/link.png"], "Read.", "4")])
     shutil.rmtree(tmp_path / "docs")
-    assert not (tmp_path / "out/images/x.png").is_symlink() and load_examples(tmp_path / "out")[0].load_images()
+    image, = (tmp_path / "out/images").iterdir()
+    assert not image.is_symlink() and load_examples(tmp_path / "out")[0].load_images()
 
 
 def test_no_image_is_ever_overwritten(tmp_path, docs):
-    theirs = picture(tmp_path / "out/images/doc-0.png", 255).read_bytes()
-    write_split(tmp_path / "out", "d", "train", docs)
-    write_split(tmp_path / "out", "d", "train", rows(tmp_path / "other", grey=200), force=True)
-    assert (tmp_path / "out/images/doc-0.png").read_bytes() == theirs
+    theirs = tmp_path / "out" / stored(docs[0].image)
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"somebody has edited this one")
+    with pytest.raises(VlmError, match="was changed after it was saved"):
+        write_split(tmp_path / "out", "d", "train", docs)
+    write_split(tmp_path / "out", "d", "train", rows(tmp_path / "other", grey=200))
+    assert theirs.read_bytes() == b"somebody has edited this one"
     assert facts(load_examples(tmp_path / "out")) == facts(rows(tmp_path / "other", grey=200))
     assert (tmp_path / "docs/0.png").read_bytes() == picture(tmp_path / "same.png", 0).read_bytes()
 
@@ -184,7 +197,7 @@ def test_no_image_is_ever_overwritten(tmp_path, docs):
 def test_a_lost_image_comes_back(tmp_path, docs):
     write_split(tmp_path / "out", "d", "train", docs)
     before = tree(tmp_path / "out")
-    (tmp_path / "out/images/doc-1.png").unlink()
+    (tmp_path / "out" / stored(docs[1].image)).unlink()
     assert write_split(tmp_path / "out", "d", "train", docs) == "completed"
     assert tree(tmp_path / "out") == before
 
@@ -226,7 +239,7 @@ def test_the_training_split_comes_first_whenever_it_is_saved(tmp_path, docs):
 def test_a_bad_row_late_in_the_list_leaves_nothing(tmp_path, docs):
     bad = Example("bad", docs[0].images, "Read.", "<image>")
     with pytest.raises(VlmError, match="'bad'"): write_split(tmp_path / "out", "d", "train", iter([*docs, bad]))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     with pytest.raises(VlmError, match="no examples"): write_split(tmp_path / "out", "d", "train", [])
 
 
@@ -267,7 +280,7 @@ write_split({str(tmp_path / 'out')!r}, 'd', 'train', half(), force=True)"""
     (dict(source="synthetic", name="my set"), "'my set' cannot name a data set"),
     (dict(source="synthetic", name="cord_test"), "'cord_test' cannot name a data set"),
     (dict(source="synthetic", level=9), "level 9"),
-    (dict(source="synthetic", schema="crod"), "unknown schema 'crod'. Allowed: cord. Did you mean 'cord'?"),
+    (dict(source="synthetic", schema="crod"), "unknown schema 'crod'. Allowed: cord, sroie, a JSON"),
     (dict(source="nowhere"), "no folder or file 'nowhere'")])
 def test_a_wrong_argument_is_refused_before_anything_is_written(tmp_path, call, problem):
     with pytest.raises(VlmError) as error: save_dataset_in_sharegpt_format(str(tmp_path / "out"), **call)

@@ -8,8 +8,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/examples.html.md"""
 __all__ = ['SROIE_SCHEMA', 'SCHEMAS', 'PLACEHOLDERS', 'IMAGE_TYPES', 'DEFAULT_PROMPT', 'OWN_COLUMNS', 'DIALECTS', 'check_image',
            'saved_schema', 'find_schema', 'check_answer', 'check_example', 'spare_folder', 'plain_row', 'sharegpt_row']
 
-# %% ../nbs/05c_examples.ipynb #f4e4598e
-import base64, json, re, tempfile
+# %% ../nbs/05c_examples.ipynb #a41319b4
+import base64, tempfile
 from functools import cache
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def _stem(found):
     path = first.get('path') if isinstance(first, dict) else first
     return Path(path).stem if isinstance(path, str) and not path.startswith('data:') else ''
 
-# %% ../nbs/05c_examples.ipynb #61c1c158
+# %% ../nbs/05c_examples.ipynb #55d645f4
 def _nested(columns, where):
     "Columns with dotted names as nested fields"
     found = {}
@@ -167,6 +167,7 @@ def _nested(columns, where):
         node[last] = value
     return found
 
+# %% ../nbs/05c_examples.ipynb #add359eb
 def _filled(value):
     "JSON without empty values: a parquet row has every key of every other row, empty"
     if isinstance(value, list): return [_filled(item) for item in value if item is not None]
@@ -199,7 +200,7 @@ def _answer(row, where, table):
                                      + ', or one column a field'*table)
     return value if isinstance(value, str) else exact_text(_filled(value) if table else value), used
 
-# %% ../nbs/05c_examples.ipynb #6a183019
+# %% ../nbs/05c_examples.ipynb #8fe3e336
 def _first(row, names):
     "The value of the first of `names` that the row has"
     return next((row[name] for name in names if name in row), None)
@@ -210,6 +211,7 @@ def _text_of(row, key, where, default):
     if not isinstance(found, str|None): raise VlmError(f'{where} has a {key} that is not text: {found!r}')
     return default if found is None else found
 
+# %% ../nbs/05c_examples.ipynb #f3144cf8
 def plain_row(
     row: dict, # image, images or file_name; target, ground_truth or entities; id, prompt, system, split; anything else
     where: str, # what to call the row in an error, such as "row 3 of 'rows.jsonl'"
@@ -223,7 +225,7 @@ def plain_row(
     files, (answer, used) = _pictures(found, where, folders, places), _answer(row, where, table)
     meta = {key: value for key, value in row.items() if key not in OWN_COLUMNS and key not in used
             and not (table and isinstance(value, dict|list|bytes|None))}
-    id = row.get('id') if row.get('id') is not None else _stem(found) or (files[0].stem if files else '')
+    id = row['id'] if row.get('id') is not None else _stem(found) or (files[0].stem if files else '')
     texts = [_text_of(row, key, where, default) for key, default in (('prompt', prompt), ('system', ''))]
     return row.get('split') or 'train', Example(str(id), files, texts[0], answer, meta, texts[1])
 
@@ -263,7 +265,7 @@ def _question_and_answer(row, where, tags):
     spoken = [_spoken(text, where) for text in (system, *texts)]
     return [text for text, _ in spoken], spoken[1][1]
 
-# %% ../nbs/05c_examples.ipynb #2815615f
+# %% ../nbs/05c_examples.ipynb #118122de
 def sharegpt_row(
     row: dict, # a ShareGPT record
     where: str, # what to call the row in an error
@@ -282,7 +284,7 @@ def sharegpt_row(
                        remedy='Begin the user message with one <image> an image')
     if not question.startswith('<image>'*marks):
         raise VlmError(f'{where} has <image> inside its question', remedy='Move the placeholders to its beginning')
-    known = dict(note or {})
-    id = known.pop('id', row.get('id')) or _stem(found) or (files[0].stem if files else '')
-    meta = {key: value for key, value in known.items() if key not in ('image', 'split', 'data_set')}
-    return known.get('split', row.get('split')), Example(str(id), files, question[len('<image>')*marks:], answer, meta, system)
+    known = {key: row[key] for key in ('id', 'split') if row.get(key) is not None} | (note or {})
+    id = known['id'] if 'id' in known else _stem(found) or (files[0].stem if files else '')
+    meta = {key: value for key, value in known.items() if key not in ('id', 'image', 'split', 'data_set')}
+    return known.get('split'), Example(str(id), files, question[len('<image>')*marks:], answer, meta, system)

@@ -8,15 +8,15 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/pages.html.md"""
 __all__ = ['MAGIC', 'PDF_DPI', 'PDF_MAX_PIXELS', 'image_name', 'find_place', 'keep_image', 'place_image', 'keep_file',
            'pdf_pages', 'shrink_image']
 
-# %% ../nbs/05b_pages.ipynb #15bda2e4
-import io, os, shutil
+# %% ../nbs/05b_pages.ipynb #46651f9b
+import hashlib, io, os, shutil
 from pathlib import Path
 
-from .core import VlmError, content_hash, load_image
+from .core import VlmError, load_image
 
-# %% ../nbs/05b_pages.ipynb #b55b99fb
-MAGIC = {b'\x89PNG': '.png', b'\xff\xd8\xff': '.jpg', b'GIF8': '.gif', b'BM': '.bmp', b'II*\0': '.tif', b'MM\0*': '.tif',
-         b'RIFF': '.webp'}
+# %% ../nbs/05b_pages.ipynb #2f4b6a81
+MAGIC = {b'\x89PNG': '.png', b'\xff\xd8\xff': '.jpg', b'GIF8': '.gif', b'BM': '.bmp', b'II*\0': '.tif',
+         b'MM\0*': '.tif', b'RIFF': '.webp'}
 
 def image_name(
     data: bytes, # an image file's content
@@ -24,9 +24,9 @@ def image_name(
 ) -> str: # such as "03c1f0e2a1b2c3d4.png"
     "A file name from an image's content"
     kind = next((found for start, found in MAGIC.items() if data.startswith(start)), ending.lower())
-    return content_hash(data) + kind
+    return hashlib.sha256(data).hexdigest()[:16] + kind
 
-# %% ../nbs/05b_pages.ipynb #a1b59e9e
+# %% ../nbs/05b_pages.ipynb #87e34a34
 def _has(path, size):
     "Is an image in its place, whole?"
     try: return path.stat().st_size == size
@@ -44,6 +44,7 @@ def find_place(
             raise VlmError(f"image '{place/name}' was changed after it was saved", remedy='Move it away and save again')
     return Path(places[0])/name, False
 
+# %% ../nbs/05b_pages.ipynb #819b4669
 def keep_image(
     data: bytes, # an image file's content
     places: list, # folders; the first one is where a new image goes
@@ -56,7 +57,7 @@ def keep_image(
     path.write_bytes(data)
     return path
 
-# %% ../nbs/05b_pages.ipynb #1f62ab19
+# %% ../nbs/05b_pages.ipynb #5b3452c8
 def place_image(
     source: str|Path, # an image file
     goal: str|Path, # its new place, where nothing is yet
@@ -67,6 +68,7 @@ def place_image(
     except FileExistsError: raise
     except OSError: shutil.copyfile(source, goal)
 
+# %% ../nbs/05b_pages.ipynb #0b58a74e
 def keep_file(
     source: str|Path, # an image file
     places: list, # folders; the first one is where a new image goes

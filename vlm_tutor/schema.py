@@ -40,7 +40,7 @@ def field_prompt(
     named = ', '.join(parts) + ' and '*bool(parts) + last
     return f'Extract the {what} as JSON' + f' with {named}'*bool(named) + '.'
 
-# %% ../nbs/04a_schema.ipynb #c4e2b668
+# %% ../nbs/04a_schema.ipynb #e7cba189
 def _paths(value, at=''):
     "Every dotted path in a value, groups before what is in them"
     if isinstance(value, list):
@@ -54,8 +54,8 @@ def _paths(value, at=''):
 @cache
 def _ranks(fields):
     "Place of every field and group in the order of an answer"
-    parts = [field.split('.') for field in fields]
-    return {'.'.join(path[:i]): rank for rank, path in reversed(list(enumerate(parts))) for i in range(len(path), 0, -1)}
+    parts = reversed([(rank, field.split('.')) for rank, field in enumerate(fields)])
+    return {'.'.join(path[:i]): rank for rank, path in parts for i in range(len(path), 0, -1)}
 
 def _open(fields, path):
     "Does a field such as `more.*` let any key stand here?"
@@ -113,7 +113,7 @@ def target(self: Schema,
     try: return exact_text(exact_value(answer) if isinstance(answer, str) else answer, self.fields)
     except ValueError as error: raise VlmError(f'the answer is not JSON: {answer[:60]!r} ({error})') from None
 
-# %% ../nbs/04a_schema.ipynb #d938a7f6
+# %% ../nbs/04a_schema.ipynb #319c14c5
 def _resolve(rules, root):
     "A part of a JSON Schema with its reference followed"
     ref = rules['$ref']
@@ -124,12 +124,18 @@ def _resolve(rules, root):
     except (KeyError, TypeError): raise VlmError(f"the schema refers to '{ref}', which is not in it") from None
     return root
 
+def _is_open(rules):
+    "May any key stand in an object of this kind?"
+    if rules.get('additionalProperties') or 'patternProperties' in rules: return True
+    told = {'properties', 'additionalProperties', 'allOf', 'anyOf', 'oneOf', '$ref'}
+    return rules.get('type') == 'object' and not told & rules.keys()
+
 def _inner(rules):
     "The parts of a JSON Schema that speak of the same path, list items among them"
     lists = [part for key in ('prefixItems', 'allOf', 'anyOf', 'oneOf') for part in rules.get(key, ())]
     return [part for part in [*lists, rules.get('items')] if isinstance(part, dict)]
 
-# %% ../nbs/04a_schema.ipynb #5516a871
+# %% ../nbs/04a_schema.ipynb #68c94e62
 def rule_fields(
     rules: dict, # a JSON Schema, or a part of one
     root: dict|None = None, # the whole of it
@@ -143,12 +149,9 @@ def rule_fields(
     for key, part in rules.get('properties', {}).items():
         path = f'{at}.{key}' if at else key
         found += (rule_fields(part, root, path, above) if isinstance(part, dict) else []) or [path]
-    if rules.get('additionalProperties') or 'patternProperties' in rules or (
-        rules.get('type') == 'object' and not {'properties', *_COMBINED} & rules.keys()): found.append(f'{at}.*'.lstrip('.'))
+    if _is_open(rules): found.append(f'{at}.*'.lstrip('.'))
     for part in _inner(rules): found += rule_fields(part, root, at, above)
     return list(dict.fromkeys(found))
-
-_COMBINED = ('allOf', 'anyOf', 'oneOf', '$ref', 'additionalProperties')
 
 # %% ../nbs/04a_schema.ipynb #f561e99a
 def schema_from_rules(

@@ -6,11 +6,11 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/sources.html.md"""
 
 # %% auto #0
 __all__ = ['READERS', 'ALIASES', 'HUB', 'FORMS', 'Examples', 'compact_json', 'folder_examples', 'read_image_folder', 'split_rows',
-           'open_rows', 'Notes', 'read_rows', 'data_sets', 'choose_data_set', 'open_data_set', 'read_data_set',
+           'Notes', 'open_rows', 'read_rows', 'data_sets', 'choose_data_set', 'open_data_set', 'read_data_set',
            'open_folder', 'open_table', 'open_source', 'read_source', 'checked_examples', 'stream_splits',
            'load_splits', 'load_examples', 'field_names', 'show']
 
-# %% ../nbs/06_sources.ipynb #835c1aa1
+# %% ../nbs/06_sources.ipynb #6c38b25b
 import json, re
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from .core import (Example, Result, VlmError, check_choice, content_hash, json_line, md_table, nearest,
-                            read_json_file, read_jsonl, table)
+                            read_json_file, table)
 from .examples import (DEFAULT_PROMPT, DIALECTS, IMAGE_TYPES, PLACEHOLDERS, SCHEMAS, Schema, check_answer,
                                 check_example, check_image, find_schema, plain_row, sharegpt_row, spare_folder)
 from .pages import pdf_pages
@@ -78,7 +78,7 @@ def read_image_folder(
     "The images of a folder, each with the answer beside it"
     return list(folder_examples(folder, prompt))
 
-# %% ../nbs/06_sources.ipynb #9419d043
+# %% ../nbs/06_sources.ipynb #fe935655
 READERS = {'.jsonl': jsonl_rows, '.json': json_rows, '.csv': csv_rows, '.tsv': csv_rows}
 
 def _split_of(row, where, default):
@@ -90,8 +90,9 @@ def _split_of(row, where, default):
 def _to_example(row, where, folders, prompt, places, tags=DIALECTS, table=False, notes=None):
     "An example from a row of any kind"
     if not isinstance(row, dict): raise VlmError(f'{where} is no object: {str(row)[:60]}')
-    if not any(name in row for name in tags['messages']): return plain_row(row, where, folders, prompt, places, table)[1]
-    return sharegpt_row(row, where, folders, tags, notes and notes.find(row, tags), places)[1]
+    if any(name in row for name in tags['messages']):
+        return sharegpt_row(row, where, folders, tags, notes and notes.find(row, tags), places)[1]
+    return plain_row(row, where, folders, prompt, places, table)[1]
 
 def _read(rows, part, default, convert, first=0, places=None):
     "Examples of one split of some rows, or of all rows when no split is named"
@@ -101,7 +102,7 @@ def _read(rows, part, default, convert, first=0, places=None):
         if part and (_split_of(row, where, default) != part or (passed := passed + 1) <= first): continue
         yield convert(row, where, places=places)
 
-# %% ../nbs/06_sources.ipynb #de5ea8a4
+# %% ../nbs/06_sources.ipynb #d0c1b5e3
 def split_rows(
     rows: Rows, # of one file
     convert, # makes an example of row, where and places
@@ -114,23 +115,11 @@ def split_rows(
         split = _split_of(row, where, default)
         convert(row, where, places=[])
         counts[split] = counts.get(split, 0) + 1
-    alone = len(counts) == 1
-    return {split: Examples(rows.name, partial(_read, rows, None if alone else split, default, convert), counts[split],
+    part = lambda split: None if len(counts) == 1 else split
+    return {split: Examples(rows.name, partial(_read, rows, part(split), default, convert), counts[split],
                             f'{rows.key} {split}') for split in SPLITS if split in counts}
 
-def open_rows(
-    path: str|Path, # a .jsonl, .json, .csv or .tsv file of rows
-    prompt: str = DEFAULT_PROMPT, # the question for plain rows that have none
-    media_dir: str|Path|None = None, # where image paths start, besides the file's own folder
-    tags: dict = DIALECTS, # names of ShareGPT columns and roles
-) -> dict: # {split: Examples}
-    "The rows of one file, plain or ShareGPT, by split"
-    path, notes = Path(path), Notes(path)
-    folders, table = [folder for folder in (media_dir, path.parent) if folder], path.suffix in ('.csv', '.tsv')
-    convert = partial(_to_example, folders=folders, prompt=prompt, tags=tags, table=table, notes=notes)
-    return split_rows(READERS[path.suffix](path), convert, notes.split if notes.path.is_file() else 'train')
-
-# %% ../nbs/06_sources.ipynb #9985291b
+# %% ../nbs/06_sources.ipynb #2f4539e6
 class Notes:
     "What meta.jsonl tells of the records of the file beside it"
     def __init__(self, file):
@@ -151,9 +140,22 @@ class Notes:
         if self.index is None:
             row = next(self.rows, None)
             if row is None: row = next(rows := self.own(), None); self.rows = iter(()) if row is None else rows
-            if row is None or (row.get('id') if key[0] else None, row['image']) == key: return row
+            if row is None or (row.get('id') if key[0] is not None else None, row['image']) == key: return row
             self.index = {(row.get('id') if 'data_set' in row else None, row['image']): row for row in self.own()}
         return self.index.get(key) or self.index.get((None, key[1]))
+
+# %% ../nbs/06_sources.ipynb #8eba96c5
+def open_rows(
+    path: str|Path, # a .jsonl, .json, .csv or .tsv file of rows
+    prompt: str = DEFAULT_PROMPT, # the question for plain rows that have none
+    media_dir: str|Path|None = None, # where image paths start, besides the file's own folder
+    tags: dict = DIALECTS, # names of ShareGPT columns and roles
+) -> dict: # {split: Examples}
+    "The rows of one file, plain or ShareGPT, by split"
+    path, notes = Path(path), Notes(path)
+    folders, table = [folder for folder in (media_dir, path.parent) if folder], path.suffix in ('.csv', '.tsv')
+    convert = partial(_to_example, folders=folders, prompt=prompt, tags=tags, table=table, notes=notes)
+    return split_rows(READERS[path.suffix](path), convert, notes.split if notes.path.is_file() else 'train')
 
 # %% ../nbs/06_sources.ipynb #96b19579
 def read_rows(
@@ -193,12 +195,22 @@ def choose_data_set(
     splits = sets[check_choice('data set', name, list(sets))]
     return {split: (splits[split], info[splits[split]]) for split in SPLITS if split in splits}
 
-# %% ../nbs/06_sources.ipynb #0d760628
+# %% ../nbs/06_sources.ipynb #05d57d9f
+def _joined(parts, name):
+    "Several streams as one"
+    parts = list(parts)
+    def read(first=0, places=None):
+        for part in parts:
+            yield from part.read(min(first, part.count), places)
+            first = max(0, first - part.count)
+    return Examples(str(name), read, sum(part.count for part in parts), ' '.join(part.key for part in parts))
+
 def _entry_tags(entry):
     "The names that an entry of dataset_info.json gives; the usual ones where it gives none"
     given = {**entry.get('columns', {}), **entry.get('tags', {})}
     return {tag: (given[tag],) if given.get(tag) else names for tag, names in DIALECTS.items()}
 
+# %% ../nbs/06_sources.ipynb #1bf5e8ad
 def open_data_set(
     folder: str|Path, # holds dataset_info.json
     split: str|None = None, # open only this one; None opens all
@@ -212,17 +224,8 @@ def open_data_set(
         if not isinstance(entry, dict) or entry.get('formatting') != 'sharegpt' or not entry.get('file_name'):
             raise VlmError(f"entry '{key}' of '{folder}' is no local ShareGPT file", remedy='Choose another by name')
         parts = open_rows(Path(folder)/entry['file_name'], media_dir=media_dir or folder, tags=_entry_tags(entry))
-        found[part] = _joined(list(parts.values())) if parts else Examples(str(folder), lambda *_: iter(()), 0)
+        found[part] = _joined(parts.values(), folder)
     return found
-
-def _joined(parts):
-    "Several streams as one"
-    if len(parts) == 1: return parts[0]
-    def read(first=0, places=None):
-        for part in parts:
-            yield from part.read(min(first, part.count), places)
-            first = max(0, first - part.count)
-    return Examples(parts[0].name, read, sum(part.count for part in parts), ' '.join(part.key for part in parts))
 
 # %% ../nbs/06_sources.ipynb #ba23a9e9
 def read_data_set(
@@ -234,13 +237,13 @@ def read_data_set(
     "The examples of a data-set folder, by split"
     return {part: rows and list(rows) for part, rows in open_data_set(folder, split, name, media_dir).items()}
 
-# %% ../nbs/06_sources.ipynb #cca64533
+# %% ../nbs/06_sources.ipynb #eaaad3fb
 ALIASES = dict(val='validation', valid='validation', dev='validation')
 
 def _metadata(folder):
     "The table of an image folder, or None"
-    return next((path for ending in ('jsonl', 'csv', 'parquet') if (path := Path(folder)/f'metadata.{ending}').is_file()),
-                None)
+    files = [Path(folder)/f'metadata.{ending}' for ending in ('jsonl', 'csv', 'parquet')]
+    return next(filter(Path.is_file, files), None)
 
 def _open_metadata(path, prompt, default='train'):
     "The rows of an image folder's table, by split"
@@ -257,10 +260,10 @@ def _class_examples(folder, prompt):
         for page in pages[first:]: yield Example(f'{page.parent.name}-{page.stem}', [page], prompt, answer(page))
     return Examples(str(folder), read, len(pages), file_key(pages))
 
-# %% ../nbs/06_sources.ipynb #8eb8045f
+# %% ../nbs/06_sources.ipynb #e083cba6
 def _one_folder(place, split, prompt):
     "The examples of a folder without splits inside"
-    if table := _metadata(place): return _joined([*_open_metadata(table, prompt, split).values()])
+    if table := _metadata(place): return _joined(_open_metadata(table, prompt, split).values(), place)
     names = [path for path in Path(place).iterdir() if path.name[0] != '.']
     plain = any(path.suffix.lower() in (*IMAGE_TYPES, '.pdf', '.json') for path in names if path.is_file())
     return folder_examples(place, prompt) if plain or not names else _class_examples(place, prompt)
@@ -276,28 +279,29 @@ def open_folder(
     parts = {split: places[split] for split in SPLITS if split in places} or {'train': folder}
     return {split: _one_folder(place, split, prompt) for split, place in parts.items()}
 
-# %% ../nbs/06_sources.ipynb #7fc167b7
+# %% ../nbs/06_sources.ipynb #18d00866
 HUB = dict(cord='naver-clova-ix/cord-v2', sroie='jsdnrs/ICDAR2019-SROIE')
 
 def _is_saved(path):
     "Does a path look like a Hugging Face data set?"
     if path.is_file(): return path.suffix == '.parquet'
     marks = ('dataset_dict.json', 'state.json')
-    return any((path/mark).is_file() for mark in marks) or any(any(path.glob(f'{deep}*.parquet')) for deep in ('', '*/'))
+    inside = (file for deep in ('', '*/') for file in path.glob(f'{deep}*.parquet'))
+    return any((path/mark).is_file() for mark in marks) or any(inside)
 
 def open_table(
     source: str|Path, # 'hub:cord', 'hub:OWNER/NAME', parquet files, a copy of a data set
     prompt: str = DEFAULT_PROMPT, # the question for rows that have none
 ) -> dict: # {split: Examples}
     "The splits of a Hugging Face data set"
-    word = str(source).removeprefix('hub:')
-    if str(source) == 'hub': raise VlmError("'hub' names no data set", ['hub:cord', 'hub:sroie', 'hub:OWNER/NAME'])
-    parts = hub_rows(HUB.get(word, word)) if str(source).startswith('hub:') else saved_rows(source)
-    convert = partial(_to_example, folders=['.' if str(source).startswith('hub:') else source], prompt=prompt, table=True)
-    return {ALIASES.get(split, split): Examples(rows.name, partial(_read, rows, None, 'train', convert), rows.count, rows.key)
-            for split, rows in parts.items()}
+    word, far = str(source).removeprefix('hub:'), str(source).startswith('hub:')
+    if word == 'hub': raise VlmError("'hub' names no data set", ['hub:cord', 'hub:sroie', 'hub:OWNER/NAME'])
+    parts = hub_rows(HUB.get(word, word)) if far else saved_rows(source)
+    convert = partial(_to_example, folders=['.' if far else source], prompt=prompt, table=True)
+    examples = lambda rows: Examples(rows.name, partial(_read, rows, None, 'train', convert), rows.count, rows.key)
+    return {ALIASES.get(split, split): examples(rows) for split, rows in parts.items()}
 
-# %% ../nbs/06_sources.ipynb #0821cd09
+# %% ../nbs/06_sources.ipynb #13a76253
 FORMS = ["'synthetic'", 'a data-set folder (with dataset_info.json)',
          'a folder of images or PDF files with a JSON of the same name beside each',
          'an image folder of Hugging Face (with metadata.jsonl, .csv or .parquet, or a folder a class)',
@@ -314,6 +318,7 @@ def _no_source(source):
         hint = f"If it lies on the hub: 'hub:{source}'"
     return VlmError(what, 'Accepted: ' + '; '.join(FORMS), hint or None)
 
+# %% ../nbs/06_sources.ipynb #d6ac437f
 def open_source(
     source: str|Path, # one of `FORMS`, except 'synthetic'
     split: str|None = None, # open only this one where that saves work
@@ -369,7 +374,7 @@ def _name_apart(examples, taken=None):
         taken.add(example.id)
         yield example
 
-# %% ../nbs/06_sources.ipynb #6004ca45
+# %% ../nbs/06_sources.ipynb #50d4ccea
 def _fits(example, schema):
     "Does an answer fit, whatever may be wrong with it?"
     try: return not schema.check(example.truth)
@@ -384,6 +389,7 @@ def _check_first(example, schema, rows):
     raise VlmError(f"none of the first {len(others) + 1} rows of '{rows.name}' fits schema '{schema.name}': {problem}",
                    remedy='Choose another schema, or let --schema infer make one')
 
+# %% ../nbs/06_sources.ipynb #8a3b4bd5
 def checked_examples(
     rows: Examples, # of one split
     n: int|None = None, # at most this many, from the beginning
@@ -404,7 +410,7 @@ def checked_examples(
     count, told = rows.count if n is None else min(n, rows.count or n), [n, prompt, system, repr(schema)]
     return Examples(rows.name, read, count, rows.key and content_hash(json_line([rows.key, *told]).encode()))
 
-# %% ../nbs/06_sources.ipynb #4cb801c0
+# %% ../nbs/06_sources.ipynb #06baa0f4
 def stream_splits(
     source: str|Path, # one of `FORMS`
     split: str|None = None, # train, validation or test; None takes all there are
@@ -425,6 +431,7 @@ def stream_splits(
         prompt = prompt or schema.prompt
     return {part: checked_examples(rows, n, prompt, schema, system) for part, rows in parts.items()}, schema
 
+# %% ../nbs/06_sources.ipynb #74ff1f25
 def load_splits(
     source: str|Path, # one of `FORMS`
     split: str|None = None, # train, validation or test; None takes all there are
@@ -435,7 +442,8 @@ def load_splits(
     media_dir: str|Path|None = None, # where image paths start, when not beside the file
 ) -> dict: # {split: list of `Example`, every one checked}
     "Read a source by split; the first row that cannot be used is an error that names it"
-    return {part: list(rows) for part, rows in stream_splits(source, split, n, prompt, schema, name, media_dir)[0].items()}
+    parts, _ = stream_splits(source, split, n, prompt, schema, name, media_dir)
+    return {part: list(rows) for part, rows in parts.items()}
 
 # %% ../nbs/06_sources.ipynb #c0748b9c
 def load_examples(
@@ -483,15 +491,16 @@ def _outline(row):
     for path in row['fields']: groups.setdefault(path.partition('.')[0], []).append(path.partition('.')[2])
     return ' '.join(top + f"({' '.join(rest)})"*any(rest) for top, rest in groups.items())
 
-# %% ../nbs/06_sources.ipynb #1964d549
+# %% ../nbs/06_sources.ipynb #dc52ed8a
 def _next_step(source):
     "The command that stands to reason after a look at the source"
     if str(source) == 'synthetic': return 'vlm save-cord-dataset-in-sharegpt-format data/receipts'
+    if str(source) == 'hub:cord': return 'vlm save-cord-dataset-in-sharegpt-format data/cord --source hub'
     if (Path(source)/'dataset_info.json').is_file(): return f'vlm train tiny data={source}'
-    if str(source).startswith('hub:'): return f'vlm save-dataset-in-sharegpt-format data/{Path(source).name[4:] or source} --source {source}'
-    return f'vlm save-dataset-in-sharegpt-format data/{Path(source).resolve().stem} --source {source}'
+    name = re.split('[:/]', str(source))[-1] if str(source).startswith('hub:') else Path(source).resolve().stem
+    return f'vlm save-dataset-in-sharegpt-format data/{name} --source {source}'
 
-# %% ../nbs/06_sources.ipynb #2251f687
+# %% ../nbs/06_sources.ipynb #293ce73b
 def show(
     source: str, # 'synthetic', a folder, a file of rows, parquet files, or 'hub:cord'
     split: str|None = None, # train, validation or test; all there are when left out
@@ -506,7 +515,7 @@ def show(
     shown = [dict(id=row['id'], size=row['size'], fields=_cut(_outline(row), 60), target=_cut(row['target'], 40))
              for row in rows]
     asked = list(dict.fromkeys(row['prompt'] for row in rows))
-    head = f"{source}  " + ' · '.join(f"{'' if count is None else count} {part}".strip() for part, count in counts.items())
+    head = f"{source}  " + ' · '.join(f"{count or ''} {part}".strip() for part, count in counts.items())
     prompt = f'prompt  {_cut(asked[0], 90)}' + (f'  (and {len(asked) - 1} more)' if asked[1:] else '')
     text = '\n'.join([head, prompt, '', table(shown), '', f'next  {_next_step(source)}'])
     return Result(dict(source=str(source), splits=counts, rows=rows), text, f'{head}  \n{prompt}\n\n{md_table(shown)}')

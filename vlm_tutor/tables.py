@@ -8,13 +8,15 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/tables.html.md"""
 __all__ = ['LOCAL_COPIES', 'Rows', 'file_key', 'jsonl_rows', 'csv_rows', 'json_rows', 'stream_rows', 'check_shards',
            'parquet_rows', 'saved_rows', 'hub_rows']
 
-# %% ../nbs/05a_tables.ipynb #5f6bdfa3
+# %% ../nbs/05a_tables.ipynb #7563998b
 import csv, json, re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from .core import VlmError, content_hash, json_line
 
@@ -63,27 +65,32 @@ def jsonl_rows(
                 yield row
     return Rows(str(path), start, None, file_key([path]))
 
-# %% ../nbs/05a_tables.ipynb #b0583924
-def _csv_head(file, path):
-    "A reader of the rows, and the names of the columns"
+# %% ../nbs/05a_tables.ipynb #8ea9df29
+def _csv_names(cells, path):
+    "The columns of a CSV file, from its first line"
+    names = [name.strip() for name in next(cells, [])]
+    if not names: raise VlmError(f"the first line of '{path}' is empty", remedy='Name every column there')
+    wrong = next((name for name in names if not name or names.count(name) > 1), None)
+    if wrong is not None:
+        what = f"the column '{wrong}' twice" if wrong else 'a column without a name'
+        raise VlmError(f"the first line of '{path}' has {what}", remedy='Name every column there, once')
+    return names
+
+def _csv_cells(file):
+    "Lists of cells, whatever parts them"
     head = file.readline()
     file.seek(0)
     csv.field_size_limit(2**31 - 1)
-    cells = csv.reader(file, delimiter=max(',;\t', key=head.count))
-    names = [name.strip() for name in next(cells, [])]
-    wrong = next((name for name in names if not name or names.count(name) > 1), None)
-    if not names or wrong is not None:
-        raise VlmError(f"the first line of '{path}' " + (f"has the column '{wrong}' twice" if wrong else
-                       'has a column without a name' if names else 'is empty'), remedy='Name every column there, once')
-    return cells, names
+    return csv.reader(file, delimiter=max(',;\t', key=head.count))
 
+# %% ../nbs/05a_tables.ipynb #507983f4
 def csv_rows(
     path: str|Path, # columns parted by comma, semicolon or tab, with their names in the first line
 ) -> Rows:
     "The rows of a CSV file as dicts of texts"
     def start(first=0, images=True):
         with _reading(path), open(path, encoding='utf-8-sig', newline='') as file:
-            cells, names = _csv_head(file, path)
+            names = _csv_names(cells := _csv_cells(file), path)
             filled = ((number, row) for number, row in enumerate(cells, 1) if any(row))
             for number, row in islice(filled, first, None):
                 if len(row) > len(names):
@@ -92,36 +99,40 @@ def csv_rows(
                 yield {name: cell for name, cell in zip(names, row) if cell}
     return Rows(str(path), start, None, file_key([path]))
 
-# %% ../nbs/05a_tables.ipynb #ffddf033
+# %% ../nbs/05a_tables.ipynb #488fde4f
 class _Pieces:
     "The text of a file, of which only the piece at hand is in memory"
     def __init__(self, file, size=2**16): self.file, self.size, self.text, self.at = file, size, '', 0
 
-    def more(self):
-        "Read on; False at the end of the file"
-        new = self.file.read(self.size)
-        if new: self.text, self.at = self.text[self.at:] + new, 0
-        return bool(new)
+@patch
+def more(self: _Pieces):
+    "Read on; False at the end of the file"
+    new = self.file.read(self.size)
+    if new: self.text, self.at = self.text[self.at:] + new, 0
+    return bool(new)
 
-    def next(self):
-        "The next character that is no blank, not taken yet; empty at the end"
-        while (at := re.compile('[ \t\r\n]*').match(self.text, self.at).end()) == len(self.text):
-            if not self.more(): return ''
-        self.at = at
-        return self.text[at]
+@patch
+def next(self: _Pieces):
+    "The next character that is no blank, not taken yet; empty at the end"
+    while (at := re.compile('[ \t\r\n]*').match(self.text, self.at).end()) == len(self.text):
+        if not self.more(): return ''
+    self.at = at
+    return self.text[at]
 
-    def value(self):
-        "Take the next JSON value"
-        self.next()
-        while True:
-            try: found, end = json.JSONDecoder().raw_decode(self.text, self.at)
-            except ValueError:
-                self.size *= 2
-                if not self.more(): raise
-            else:
-                if end < len(self.text) or not self.more(): break
-        self.at = end
-        return found
+# %% ../nbs/05a_tables.ipynb #fbdc0679
+@patch
+def value(self: _Pieces):
+    "Take the next JSON value"
+    self.next()
+    while True:
+        try: found, end = json.JSONDecoder().raw_decode(self.text, self.at)
+        except ValueError:
+            self.size *= 2
+            if not self.more(): raise
+        else:
+            if end < len(self.text) or not self.more(): break
+    self.at = end
+    return found
 
 # %% ../nbs/05a_tables.ipynb #e89d9694
 def _array_items(path, text, first):
@@ -193,7 +204,7 @@ def stream_rows(
                 yield row
     return Rows(name, start, count, key)
 
-# %% ../nbs/05a_tables.ipynb #4969fda4
+# %% ../nbs/05a_tables.ipynb #fe628764
 def check_shards(
     files, # paths or addresses
 ):
@@ -204,10 +215,11 @@ def check_shards(
             found.setdefault((part[1], int(part[3])), set()).add(int(part[2]))
     for (name, total), numbers in found.items():
         gone = sorted(set(range(total)) - numbers)
-        if gone: raise VlmError(f"file '{name}-{gone[0]:05}-of-{total:05}…' is missing, {len(numbers)} of {total} are there",
+        first = f"'{name}-{gone[0]:05}-of-{total:05}…'" if gone else ''
+        if gone: raise VlmError(f'file {first} is missing, {len(numbers)} of {total} are there',
                                 remedy='Download the data set again')
 
-# %% ../nbs/05a_tables.ipynb #0e03de7c
+# %% ../nbs/05a_tables.ipynb #18b820f7
 def _length(file):
     "Rows of one parquet file, here or on the hub, from its end alone"
     from huggingface_hub import HfFileSystem
@@ -223,6 +235,7 @@ def _parquet_stream(files, features, images):
     return make(columns=[column for column, kind in data.features.items() if not _is_picture(kind)]
                 ).as_streaming_dataset('train')
 
+# %% ../nbs/05a_tables.ipynb #02d09465
 def parquet_rows(
     files: list, # paths or addresses of parquet files
     name: str, # what to call them
@@ -238,11 +251,12 @@ def parquet_rows(
             if left: yield from stream_rows(_parquet_stream(left, features, images), name).start(first)
     return Rows(name, start, count, key)
 
-# %% ../nbs/05a_tables.ipynb #f8c00115
+# %% ../nbs/05a_tables.ipynb #65692909
 def _split_rows(split, data, files, name, count, key, features):
     "Rows of one split of a `datasets` builder"
     check_shards(files)
-    if not files or not all(str(file).endswith('.parquet') for file in files): return stream_rows(data, name, count, key)
+    if not files or any(not str(file).endswith('.parquet') for file in files):
+        return stream_rows(data, name, count, key)
     if count is None and all(Path(file).is_file() for file in files): count = sum(map(_length, files))
     return parquet_rows(files, name, count, key, features)
 
@@ -288,7 +302,7 @@ def _kept_copy(repo, revision):
     try: return snapshot_download(repo, repo_type='dataset', revision=revision, local_files_only=True)
     except Exception: return None
 
-# %% ../nbs/05a_tables.ipynb #6847f690
+# %% ../nbs/05a_tables.ipynb #6b78768e
 LOCAL_COPIES = ['a folder with its parquet files', 'a .parquet file', 'a folder from save_to_disk']
 
 def hub_rows(
@@ -299,7 +313,9 @@ def hub_rows(
     version, why = _hub_version(repo, revision or None)
     if version:
         with _readable(f'hub:{repo}'):
-            return _builder_rows(_quiet().load_dataset_builder(repo, revision=version), f'hub:{repo}', f'{repo}@{version}')
+            builder = _quiet().load_dataset_builder(repo, revision=version)
+            return _builder_rows(builder, f'hub:{repo}', f'{repo}@{version}')
     if copy := _kept_copy(repo, revision or None): return saved_rows(copy)
-    raise VlmError(f"data set '{repo}': the hub is out of reach ({why})", 'Accepted instead: ' + '; '.join(LOCAL_COPIES),
+    raise VlmError(f"data set '{repo}': the hub is out of reach ({why})",
+                   'Accepted instead: ' + '; '.join(LOCAL_COPIES),
                    f'Where there is a connection: hf download {repo} --repo-type dataset --local-dir FOLDER')
