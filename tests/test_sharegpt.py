@@ -71,8 +71,9 @@ def test_files_are_exactly_what_llama_factory_reads(tmp_path):
     info = json.loads((tmp_path / "out/dataset_info.json").read_text())
     assert info == {k: {**ENTRY, "file_name": f"{k}.json"} for k in ("cord", "cord_validation", "cord_test")}
     assert list(info) == ["cord", "cord_validation", "cord_test"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["cord.json", "cord.schema.json", "cord_test.json",
-                                                    "cord_validation.json", "dataset_info.json", "images", "meta.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["cord.json", "cord_test.json",
+                                                    "cord_validation.json", "dataset_info.json", "images", "meta.jsonl",
+                                                    "schema.cord.json"]
     meta = read_jsonl(tmp_path / "out/meta.jsonl")
     assert meta[0] == {"id": "train-00000", "data_set": "cord", "split": "train", "image": stored(made[0].image),
                        **made[0].meta}

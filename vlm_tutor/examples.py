@@ -51,7 +51,7 @@ def saved_schema(
     name: str|None = None, # which data set; None when only one has a schema
 ) -> Schema|None: # None when there is no schema
     "The schema that a data set was saved with"
-    files = sorted(Path(folder).glob(f"{name or '*'}.schema.json"))
+    files = sorted(Path(folder).glob(f"schema.{name or '*'}.json"))
     if len(files) > 1:
         raise VlmError(f"'{folder}' holds several schemas", [str(file) for file in files], 'Give one of these files')
     if not files: return None

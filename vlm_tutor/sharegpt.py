@@ -284,7 +284,7 @@ def _commit_all(folder, name, found, entries, force, schema):
         if there and changed[split] and not force: raise _another(folder, _entry(name, split))
     states = {split: (_commit(folder, name, split, stage, there, changed[split], system), count)
               for split, (stage, there, count, system) in found.items()}
-    beside, text = folder/f'{name}.schema.json', schema and schema_text(schema)
+    beside, text = folder/f'schema.{name}.json', schema and schema_text(schema)
     if text and not (beside.is_file() and beside.read_text(encoding='utf-8') == text): atomic_write(beside, text)
     return states
 
