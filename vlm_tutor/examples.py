@@ -68,7 +68,7 @@ def find_schema(
     if isinstance(schema, dict): return schema_from_rules(schema)
     if str(schema) in SCHEMAS: return SCHEMAS[str(schema)]
     if Path(schema).is_dir() and (found := saved_schema(schema)): return found
-    if Path(schema).suffix == '.json': return read_schema_file(schema)
+    if Path(schema).suffix == '.json' or len(Path(schema).parts) > 1: return read_schema_file(schema)
     raise VlmError(f"unknown schema '{schema}'", [*SCHEMAS, 'a JSON Schema file (.json)', 'a data set saved with one'],
                    nearest(schema, SCHEMAS).strip() or None)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from .config import choose_rows, cpu_has_bf16, load_config
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, check_choice, content_hash,
                             read_json_file, read_jsonl, say, write_jsonl)
-from .sources import SPLITS, load_examples
+from .sources import SPLITS, find_schema, load_examples
 
 # %% ../nbs/17_predict.ipynb #14a431c9
 def split_examples(
@@ -214,12 +214,11 @@ def asks_for_json(
 
 # %% ../nbs/17_predict.ipynb #6ad59f34
 def read_schema(
-    path: str|None, # a JSON Schema file
-) -> dict|None: # the schema
-    "A JSON Schema from a file, and whether xgrammar is there to use it"
+    path: str|None, # a JSON Schema file, a data set saved with a schema, or a name such as cord
+) -> dict|None: # a JSON Schema
+    "A JSON Schema, and whether xgrammar is there to use it"
     if path is None: return None
-    schema = read_json_file(path)
-    if not isinstance(schema, dict): raise VlmError(f"'{path}' is no JSON Schema: it holds no object")
+    schema = find_schema(path).json_schema
     if not find_spec('xgrammar'):
         raise VlmError('answers are held to a schema by xgrammar, which is not installed',
                        remedy='pip install "vlm_tutor[schema]"')
@@ -407,7 +406,7 @@ def predict(
     n: int|None = None, # only the first so many rows
     batch_size: int|None = None, # rows at once; per_device_eval_batch_size when missing
     adapter: str|None = None, # an adapter's folder, for a name of your own
-    schema: str|None = None, # a JSON Schema file that answers are held to (pip install "vlm_tutor[schema]")
+    schema: str|None = None, # cord, or a JSON Schema file, that answers are held to (pip install "vlm_tutor[schema]")
     device: str = 'auto', # auto, cpu or cuda
 ) -> Result: # counts, seconds and the file; of the last group when there are several
     "Write down what a model answers on a split; a second call goes on where the first stopped"
