@@ -141,8 +141,10 @@ def _one_picture(found, where, folders, places):
     file = _find_media(path, folders)
     return pdf_pages(file, places) if file.suffix.lower() == '.pdf' else [file]
 
+# %% ../nbs/05c_examples.ipynb #7d00ad1f
 def _pictures(found, where, folders, places):
     "Files of all pictures of a row; none when no place is given"
+    if places == [] and found is None: return []
     if not found: raise VlmError(f'{where} has no image', remedy="Give its path under 'image', several under 'images'")
     several = found if isinstance(found, list) else [found]
     if places == []: return []
@@ -279,7 +281,7 @@ def sharegpt_row(
     found = named or _first(row, tags['images'])
     files, marks = _pictures(found, where, folders, places), question.count('<image>')
     count = len(found) if isinstance(found, list) else 1
-    if marks != count:
+    if marks != count and found is not None:
         raise VlmError(f'{where} has {count} image(s) and {marks} <image> placeholder(s)',
                        remedy='Begin the user message with one <image> an image')
     if not question.startswith('<image>'*marks):

@@ -12,7 +12,6 @@ __all__ = ['LOCAL_COPIES', 'Rows', 'file_key', 'jsonl_rows', 'csv_rows', 'json_r
 import csv, json, re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -185,6 +184,16 @@ def _is_picture(kind):
     kind = getattr(kind, 'feature', kind)
     return isinstance(kind, Image) or isinstance(kind, dict) and {'bytes', 'path'} <= kind.keys()
 
+def _named(rows, kinds):
+    "Rows with the names of classes in place of their numbers"
+    from datasets import ClassLabel
+    classes = {column: kind for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
+    for row in rows:
+        for column, kind in classes.items():
+            if row.get(column) is not None: row[column] = kind.int2str(row[column])
+        yield row
+
+# %% ../nbs/05a_tables.ipynb #61715da3
 def stream_rows(
     data, # a streamed data set of the library `datasets`
     name: str, # what to call it
@@ -192,16 +201,12 @@ def stream_rows(
     key: str = '', # another one for other content
 ) -> Rows: # images as dicts of bytes and path, class numbers as names
     "Rows of a `datasets` data set"
-    from datasets import ClassLabel
     kinds = data.features or {}
-    classes = {column: kind for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
     pictures = [column for column, kind in kinds.items() if _is_picture(kind)]
     def start(first=0, images=True):
         with _readable(name):
-            for row in (data if images else data.remove_columns(pictures)).decode(False).skip(first):
-                for column, kind in classes.items():
-                    if row[column] is not None: row[column] = kind.int2str(row[column])
-                yield row
+            rows = (data if images else data.remove_columns(pictures)).decode(False).skip(first)
+            yield from _named(rows, kinds)
     return Rows(name, start, count, key)
 
 # %% ../nbs/05a_tables.ipynb #fe628764
@@ -220,20 +225,28 @@ def check_shards(
                                 remedy='Download the data set again')
 
 # %% ../nbs/05a_tables.ipynb #18b820f7
-def _length(file):
-    "Rows of one parquet file, here or on the hub, from its end alone"
+def _opened(file):
+    "A parquet file, here or on the hub"
     from huggingface_hub import HfFileSystem
-    from pyarrow.parquet import read_metadata
-    with (HfFileSystem().open(file) if str(file).startswith('hf://') else open(file, 'rb')) as opened:
-        return read_metadata(opened).num_rows
+    return HfFileSystem().open(str(file)) if str(file).startswith('hf://') else open(file, 'rb')
 
-def _parquet_stream(files, features, images):
-    "Parquet files as a streamed data set, with all columns or without the images"
-    make = partial(_quiet().load_dataset_builder, 'parquet', data_files={'train': files})
-    data = make(features=features).as_streaming_dataset('train')
-    if images or not data.features: return data
-    return make(columns=[column for column, kind in data.features.items() if not _is_picture(kind)]
-                ).as_streaming_dataset('train')
+def _length(file):
+    "Rows of one parquet file, from its end alone"
+    from pyarrow.parquet import read_metadata
+    with _opened(file) as opened: return read_metadata(opened).num_rows
+
+def _file_rows(file, first, images, kinds):
+    "Rows of one parquet file from one on"
+    from datasets import Features
+    from pyarrow.parquet import ParquetFile
+    with _opened(file) as opened:
+        table = ParquetFile(opened, pre_buffer=False)
+        kinds, groups = kinds or Features.from_arrow_schema(table.schema_arrow), list(range(table.num_row_groups))
+        while groups and first >= (length := table.metadata.row_group(groups[0]).num_rows):
+            groups, first = groups[1:], first - length
+        columns = [column for column, kind in kinds.items() if images or not _is_picture(kind)]
+        batches = table.iter_batches(16, row_groups=groups, columns=columns, use_threads=False)
+        yield from islice(_named((row for batch in batches for row in batch.to_pylist()), kinds), first, None)
 
 # %% ../nbs/05a_tables.ipynb #02d09465
 def parquet_rows(
@@ -241,32 +254,29 @@ def parquet_rows(
     name: str, # what to call them
     count: int|None = None, # how many rows, when known
     key: str = '', # another one for other content
-    features = None, # kinds of columns; as the files say when None
+    kinds = None, # kinds of columns; as the files say when None
 ) -> Rows:
-    "Rows of parquet files; a late start passes over whole files"
+    "Rows of parquet files; a late start passes over whole files and groups of rows"
     def start(first=0, images=True):
         with _readable(name):
-            left = [str(file) for file in files]
-            while first and left and (length := _length(left[0])) <= first: left, first = left[1:], first - length
-            if left: yield from stream_rows(_parquet_stream(left, features, images), name).start(first)
+            for file in files:
+                skipped = min(first, _length(file)) if first else 0
+                first -= skipped
+                if not first: yield from _file_rows(file, skipped, images, kinds)
     return Rows(name, start, count, key)
 
 # %% ../nbs/05a_tables.ipynb #65692909
-def _split_rows(split, data, files, name, count, key, features):
-    "Rows of one split of a `datasets` builder"
-    check_shards(files)
-    if not files or any(not str(file).endswith('.parquet') for file in files):
-        return stream_rows(data, name, count, key)
-    if count is None and all(Path(file).is_file() for file in files): count = sum(map(_length, files))
-    return parquet_rows(files, name, count, key, features)
-
 def _builder_rows(builder, name, key=''):
     "Rows of every split of a `datasets` builder"
-    files, told, features = builder.config.data_files or {}, builder.info.splits or {}, builder.info.features
-    return {str(split): _split_rows(split, data, found := list(files.get(split, ())), name,
-                                    told[split].num_examples if split in told else None,
-                                    f'{key or file_key(found)} {split}', features)
-            for split, data in builder.as_streaming_dataset().items()}
+    files, told, found = builder.config.data_files or {}, builder.info.splits or {}, {}
+    for split, paths in files.items():
+        check_shards(paths)
+        count, mark = told[split].num_examples if split in told else None, f'{key or file_key(paths)} {split}'
+        if all(str(path).endswith('.parquet') for path in paths):
+            if count is None and not key: count = sum(map(_length, paths))
+            found[str(split)] = parquet_rows(list(paths), name, count, mark, builder.info.features)
+        else: found[str(split)] = stream_rows(builder.as_streaming_dataset(split), name, count, mark)
+    return found
 
 # %% ../nbs/05a_tables.ipynb #fcc5f919
 def saved_rows(
