@@ -307,10 +307,9 @@ def _hub_version(repo, revision):
     except Exception as error: return None, (' '.join(str(error).split()) or type(error).__name__)[:100]
 
 def _kept_copy(repo, revision):
-    "A whole copy of a data set in the hub's cache, or None"
+    "The copy of a data set in the hub's cache; a `FileNotFoundError` when there is none"
     from huggingface_hub import snapshot_download
-    try: return snapshot_download(repo, repo_type='dataset', revision=revision, local_files_only=True)
-    except Exception: return None
+    return snapshot_download(repo, repo_type='dataset', revision=revision, local_files_only=True)
 
 # %% ../nbs/05a_tables.ipynb #6b78768e
 LOCAL_COPIES = ['a folder with its parquet files', 'a .parquet file', 'a folder from save_to_disk']
@@ -325,7 +324,9 @@ def hub_rows(
         with _readable(f'hub:{repo}'):
             builder = _quiet().load_dataset_builder(repo, revision=version)
             return _builder_rows(builder, f'hub:{repo}', f'{repo}@{version}')
-    if copy := _kept_copy(repo, revision or None): return saved_rows(copy)
+    try: return saved_rows(_kept_copy(repo, revision or None))
+    except FileNotFoundError: pass # no copy
+    except VlmError as error: why += f'; its copy in the cache is not whole: {error}'
     raise VlmError(f"data set '{repo}': the hub is out of reach ({why})",
                    'Accepted instead: ' + '; '.join(LOCAL_COPIES),
                    f'Where there is a connection: hf download {repo} --repo-type dataset --local-dir FOLDER')
