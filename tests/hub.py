@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: one data set, from a folder, over HTTP. `python hub.py FOLDER` prints its address.
+"""A stand-in for the Hugging Face hub: one data set, from a folder, over HTTP; `python hub.py FOLDER` tells where.
 
 It answers what `huggingface_hub` and `datasets` ask: the commit, the tree, and files, whole or in parts."""
 import hashlib, json, sys

@@ -7,13 +7,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
+from cord import make_cord, page, truth
 from vlm_tutor.core import Example, VlmError, read_jsonl
 from vlm_tutor.pages import place_image
-from vlm_tutor.receipts import make_examples
+from vlm_tutor.receipts import CORD_SCHEMA, make_examples
 from vlm_tutor.sharegpt import (meta_row, register, save_cord_dataset_in_sharegpt_format,
                                 save_dataset_in_sharegpt_format, set_config, set_entries, with_entry, with_settings,
-                                write_split)
-from vlm_tutor.sources import load_examples, load_splits
+                                write_split, write_splits)
+from vlm_tutor.sources import Examples, load_examples, load_splits
 
 # As llama-factory.md writes them down
 ENTRY = {"file_name": "cord.json", "formatting": "sharegpt", "columns": {"messages": "messages", "images": "images"},
@@ -271,6 +272,207 @@ write_split({str(tmp_path / 'out')!r}, 'd', 'train', half(), force=True)"""
     now = tree(tmp_path / "out")
     assert {k: now[k] for k in before} == before and facts(load_examples(tmp_path / "out")) == facts(docs)
     assert write_split(tmp_path / "out", "d", "train", docs) == "unchanged" and tree(tmp_path / "out") == before
+
+
+# --- any size ---------------------------------------------------------------------------------------------------------
+SAVE = """import sys
+from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format as save
+from vlm_tutor import sharegpt
+{}
+save(sys.argv[1], sys.argv[2])"""
+# The process ends like one that the system kills: no cleaning up, buffers lost
+KILL = """keep, count = sharegpt.place_pictures, [0]
+def killed(*words):
+    import os, signal
+    count[0] += 1
+    if count[0] > {}: os.kill(os.getpid(), signal.SIGKILL)
+    return keep(*words)
+sharegpt.place_pictures = killed"""
+
+
+def save(out, source, extra=""):
+    command = [sys.executable, "-c", SAVE.format(extra), str(out), str(source)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def content(folder): return {name: data for name, (data, *_) in tree(folder).items()}
+
+
+def test_cord_from_parquet_is_what_it_was(tmp_path):
+    save_cord_dataset_in_sharegpt_format(tmp_path / "out", make_cord(tmp_path / "cord"))
+    rows = [row for rows in load_splits(tmp_path / "out").values() for row in rows]
+    assert [row.truth for row in rows] == [truth(i) for i in range(9)]
+    assert [row.image.read_bytes() for row in rows] == [page(i) for i in range(9)]
+    assert facts(load_examples(tmp_path / "out")) == facts(load_examples(tmp_path / "cord", schema="cord"))
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("stop", [0, 7, 300])
+def test_a_killed_save_goes_on_and_ends_as_if_nothing_had_been(tmp_path, stop):
+    n = 10 if stop < 10 else stop + 40
+    source = make_cord(tmp_path / "cord", train=n, validation=2)
+    assert save(tmp_path / "out", source, KILL.format(stop)).returncode == -9
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".cord.saving"]
+    rows = tmp_path / "out/.cord.saving/rows"
+    with open(rows, "ab") as file: file.write(b'{"id": "half a ro')
+    kept = rows.read_bytes().count(b"\n")
+    assert kept <= stop and (kept > 0 or stop < 10)
+    assert save(tmp_path / "out", source).returncode == 0
+    assert save(tmp_path / "whole", source).returncode == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert save(tmp_path / "out", source).returncode == 0 and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_changed_source_starts_over(tmp_path):
+    source = make_cord(tmp_path / "cord", train=10, shards=1)
+    save(tmp_path / "out", source, KILL.format(7))
+    shutil.rmtree(source)
+    make_cord(source, train=6, shards=1)
+    assert save(tmp_path / "out", source).returncode == 0
+    assert [e.truth for e in load_examples(tmp_path / "out")] == [truth(i) for i in range(6)]
+
+
+def test_rows_that_are_done_are_not_read_again(tmp_path):
+    seen, made = [], rows(tmp_path / "docs", 4)
+    def read(first, places, taken=None):
+        seen.append((first, sorted(taken)))
+        yield from made[first:3]
+        if not first: raise KeyboardInterrupt
+    stream = Examples("x", read, 4, "key")
+    with pytest.raises(KeyboardInterrupt): write_splits(tmp_path / "out", "d", {"train": stream})
+    assert write_splits(tmp_path / "out", "d", {"train": stream}) == {"train": ("new", 3)}
+    assert seen == [(0, []), (3, ["doc-0", "doc-1", "doc-2"])]
+    with pytest.raises(KeyboardInterrupt): write_splits(tmp_path / "b", "d", {"train": Examples("x", read, 4)})
+    assert not (tmp_path / "b").exists(), "without a key nothing is left behind"
+
+
+def test_all_splits_or_none(tmp_path, docs):
+    write_split(tmp_path / "out", "d", "test", docs)
+    before = tree(tmp_path / "out")
+    with pytest.raises(VlmError, match="holds another data set 'd_test'"):
+        write_splits(tmp_path / "out", "d", {"train": docs, "test": docs[:2]})
+    bad = Example("bad", docs[0].images, "Read.", "<image>")
+    with pytest.raises(VlmError, match="'bad'"):
+        write_splits(tmp_path / "out", "d", {"train": docs, "test": [bad]}, force=True)
+    assert tree(tmp_path / "out") == before
+
+
+def test_another_data_set_is_refused_at_its_first_row(tmp_path, docs):
+    write_split(tmp_path / "out", "d", "train", docs)
+    asked = []
+    with pytest.raises(VlmError, match="holds another data set 'd'"):
+        write_split(tmp_path / "out", "d", "train", (asked.append(e) or e for e in docs[::-1]))
+    assert len(asked) == 1
+
+
+PEAK = """import resource, sys
+from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format as save
+save(sys.argv[1], sys.argv[2], n=int(sys.argv[3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+
+
+def peak(out, source, n):
+    "Peak memory of a save, in MiB"
+    command = [sys.executable, "-c", PEAK, str(out), str(source), str(n)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    source = make_cord(tmp_path / "cord", shards=1, train=12_000)
+    few, many = peak(tmp_path / "few", source, 1_000), peak(tmp_path / "many", source, 12_000)
+    assert many - few < 12, f"{few:.0f} MiB for 1,000 rows, {many:.0f} for 12,000"
+    again = peak(tmp_path / "again", tmp_path / "many", 12_000)
+    assert again < few + 12 and content(tmp_path / "again") == content(tmp_path / "many"), "a data set as the source"
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows(tmp_path):
+    source = make_cord(tmp_path / "cord", shards=4, train=100_000)
+    few, many = peak(tmp_path / "few", source, 1_000), peak(tmp_path / "many", source, 100_000)
+    assert many - few < 40, "ids so that names stay apart, nothing else"
+    ids = {record["id"] for record in json.loads((tmp_path / "many/cord.json").read_text())}
+    assert len(ids) == len(read_jsonl(tmp_path / "many/meta.jsonl")) == 100_000
+
+
+# --- what a record can hold -------------------------------------------------------------------------------------------
+def test_examples_that_share_an_image_keep_their_own_meta(tmp_path):
+    place = picture(tmp_path / "a.png")
+    made = [Example(f"e{i}", [place], f"Question {i % 2}?", "4", {"i": i}) for i in range(4)]
+    for split, part in (("train", made[:3]), ("test", made[3:])): write_split(tmp_path / "out", "d", split, part)
+    assert len(list((tmp_path / "out/images").iterdir())) == 1
+    assert facts(load_examples(tmp_path / "out", "train")) == facts(made[:3])
+    records = json.loads((tmp_path / "out/d.json").read_text())
+    (tmp_path / "out/d.json").write_text(json.dumps([records[2], records[0]]))
+    assert facts(load_examples(tmp_path / "out", "train")) == facts([made[2], made[0]])
+    assert facts(load_examples(tmp_path / "out", "test")) == facts(made[3:])
+
+
+def test_two_data_sets_in_one_folder_keep_their_meta_apart(tmp_path, docs):
+    other = [Example(e.id, e.images, "Other?", e.target, {"other": True}) for e in docs]
+    write_split(tmp_path, "one", "train", docs)
+    write_split(tmp_path, "two", "train", other)
+    assert facts(load_examples(tmp_path, name="one")) == facts(docs)
+    assert facts(load_examples(tmp_path, name="two")) == facts(other)
+    assert write_split(tmp_path, "one", "train", docs) == "unchanged"
+
+
+def test_meta_of_the_first_version_is_still_found(tmp_path, docs):
+    "Records without ids, and notes that only name the image"
+    write_split(tmp_path, "d", "train", docs)
+    records, notes = json.loads((tmp_path / "d.json").read_text()), read_jsonl(tmp_path / "meta.jsonl")
+    for row in [*records, *notes]: row.pop("data_set", None)
+    (tmp_path / "d.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "id"} for r in records[::-1]]))
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in notes))
+    assert facts(load_examples(tmp_path)) == facts(docs[::-1])
+
+
+def test_system_prompts_come_back_and_llama_factory_is_told(tmp_path, docs):
+    made = [Example("s", docs[0].images * 2, "Read.", "4", {}, "Be exact."), docs[1]]
+    write_split(tmp_path / "out", "d", "train", made)
+    write_split(tmp_path / "out", "d", "test", docs[1:])
+    info = json.loads((tmp_path / "out/dataset_info.json").read_text())
+    assert info["d"] == {**ENTRY, "file_name": "d.json", "tags": {**ENTRY["tags"], "system_tag": "system"}}
+    assert info["d_test"] == {**ENTRY, "file_name": "d_test.json"}
+    assert json.loads((tmp_path / "out/d.json").read_text())[0]["messages"][:2] == [
+        {"role": "system", "content": "Be exact."}, {"role": "user", "content": "<image><image>Read."}]
+    back = load_examples(tmp_path / "out", "train")
+    assert facts(back) == facts(made) and [e.system for e in back] == ["Be exact.", ""]
+    assert write_split(tmp_path / "out", "d", "train", made) == "unchanged"
+    one = [Example("q", docs[0].images, 'Say "messages": [{"role": "system"', "4")]
+    write_split(tmp_path / "out", "odd", "train", one)
+    assert "system_tag" not in json.loads((tmp_path / "out/dataset_info.json").read_text())["odd"]["tags"]
+
+
+def test_images_are_shrunk_only_when_asked_and_only_when_too_large(tmp_path):
+    source = make_cord(tmp_path / "cord", train=3, shards=1)
+    large = tmp_path / "docs/large.jpg"
+    large.parent.mkdir()
+    Image.effect_noise((400, 300), 50).save(large)
+    large.with_suffix(".json").write_text("{}")
+    done = save_dataset_in_sharegpt_format(tmp_path / "a", large.parent, max_pixels=12_000)
+    image, = (tmp_path / "a/images").iterdir()
+    assert done["splits"][0]["state"] == "new" and Image.open(image).size == (126, 94)
+    assert save_dataset_in_sharegpt_format(tmp_path / "a", large.parent, max_pixels=12_000)["splits"][0]["state"] == \
+        "unchanged"
+    save_dataset_in_sharegpt_format(tmp_path / "b", source, max_pixels=48 * 36)
+    assert [e.image.read_bytes() for e in load_examples(tmp_path / "b")] == [page(i) for i in range(3)]
+    save_dataset_in_sharegpt_format(tmp_path / "c", source, max_pixels=48 * 36 - 1)
+    assert len(list((tmp_path / "c/images").iterdir())) == 3, "the large ones are not kept"
+    with pytest.raises(VlmError, match="max_pixels is 0"): save_dataset_in_sharegpt_format("x", source, max_pixels=0)
+
+
+def test_the_schema_lies_beside_the_data(tmp_path):
+    from vlm_tutor.sources import find_schema
+    source = make_cord(tmp_path / "cord")
+    save_dataset_in_sharegpt_format(tmp_path / "a", source, schema="infer")
+    found = find_schema(tmp_path / "a")
+    assert found.name == "cord" and found.prompt == load_examples(tmp_path / "a")[0].prompt
+    assert found.fields == ("menu.nm", "menu.cnt", "menu.price", "menu.sub.nm", "sub_total.subtotal_price",
+                            "total.total_price")
+    assert all(found.check(e.truth) == [] for e in load_examples(tmp_path / "a"))
+    save_cord_dataset_in_sharegpt_format(tmp_path / "b", source)
+    assert find_schema(tmp_path / "b") == CORD_SCHEMA
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def test_rows_are_those_of_datasets_with_the_bytes_that_went_in(cord):
     for split, rows in saved_rows(cord).items():
         theirs = list(load_dataset(str(cord), split=split, streaming=True).decode(False))
         assert list(rows) == theirs and rows.count == len(theirs)
-    assert [json.loads(r["ground_truth"])["gt_parse"] for r in saved_rows(cord)["train"]] == [truth(i) for i in range(5)]
+    told = [json.loads(found["ground_truth"]) for found in saved_rows(cord)["train"]]
+    assert [found["gt_parse"] for found in told] == [truth(i) for i in range(5)]
     assert list(saved_rows(cord)["test"]) == [row(7, "test"), row(8, "test")]
 
 
@@ -111,7 +112,8 @@ def test_a_stream_can_start_anywhere(tmp_path, groups):
 
 def test_pictures_can_be_left_out_and_classes_have_names(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Image, List, Value
-    columns = Features(image=Image(), pages=List(Image()), kind=ClassLabel(names=["invoice", "letter"]), n=Value("int8"))
+    kinds = ClassLabel(names=["invoice", "letter"])
+    columns = Features(image=Image(), pages=List(Image()), kind=kinds, n=Value("int8"))
     made = dict(image=row(1, "")["image"], pages=[row(2, "")["image"]], kind=1, n=7)
     data = Dataset.from_list([made], features=columns)
     data.to_parquet(tmp_path / "x.parquet")
@@ -124,7 +126,8 @@ def test_pictures_can_be_left_out_and_classes_have_names(tmp_path):
 
 def test_a_stream_that_is_not_read_to_its_end_lets_python_end(cord):
     "The streams of `datasets` itself abort here: 'terminate called without an active exception'"
-    done = python(f"from vlm_tutor.tables import saved_rows; rows = saved_rows({str(cord)!r})['train'].start(); next(rows)")
+    done = python(f"from vlm_tutor.tables import saved_rows\n"
+                  f"rows = saved_rows({str(cord)!r})['train'].start()\nnext(rows)")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -150,7 +153,8 @@ def hub(cord):
 READ = """from vlm_tutor.tables import hub_rows
 import json
 parts = hub_rows("naver-clova-ix/cord-v2{}")
-told = {{split: [[row["image"]["path"], row["ground_truth"]] for row in rows.start({})] for split, rows in parts.items()}}
+told = {{split: [[row["image"]["path"], row["ground_truth"]] for row in rows.start({})]
+        for split, rows in parts.items()}}
 print(json.dumps(told), *(rows.key for rows in parts.values()), sep="\\n")"""
 
 

@@ -105,8 +105,8 @@ def check_example(
     who = f"example '{example.id}'"
     if not example.images: raise VlmError(f'{who} has no image', remedy='Give at least one image a row')
     if not example.target.strip(): raise VlmError(f'{who} has no answer', remedy='Write it or take the row out')
-    _check_text(example, 'prompt', example.prompt)
-    _check_text(example, 'answer', example.target)
+    texts = dict(prompt=example.prompt, answer=example.target) | {'system prompt': example.system}
+    for what, text in texts.items(): _check_text(example, what, text)
     for path in example.images:
         try: check_image(path)
         except VlmError as error: raise VlmError(f'{who}: {error}') from None
