@@ -169,11 +169,11 @@ def test_the_table_is_the_same_again_and_is_read_by_datasets(tmp_path):
 def test_a_real_bench_of_saving(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_yaml(tmp_path/"mine.yaml", read_yaml(b.experiments()["save"]) | dict(points={}, targets={}))
-    record = b.bench("mine.yaml", repeats=2, overrides=["rows=4", "image=[64, 96]"])
+    record = b.bench("mine.yaml", repeats=1, overrides=["rows=4", "image=[64, 96]"])
     at = record["points"]["base"]
     assert at["check"] == 1 and at["better"]["resave"] in at["ratios"] and set(at["ratios"]) == {"loop", "loop_jpeg"}
     for engine in at["engines"].values():
-        assert engine["epochs"]["1"]["samples"] == 4 and engine["epochs"]["1"]["samples_per_second"]["n"] == 2
+        assert engine["epochs"]["1"]["samples"] == 4 and engine["epochs"]["1"]["samples_per_second"]["n"] == 1
     assert "rows/s" in str(record) and "the same pixels" in str(record)
 
 
