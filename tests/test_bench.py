@@ -27,7 +27,7 @@ def test_shipped_experiments_are_whole(name):
 
 
 def test_the_experiments_of_the_house_are_there():
-    wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "cord_gpu", "predict", "mini",
+    wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "rows", "cord_gpu", "predict", "mini",
               "save"}
     assert set(b.experiments()) == wanted
 
@@ -103,7 +103,7 @@ def test_cost_of_more_and_fewer_epochs_than_ran():
 
 
 def test_figures_by_hand():
-    settings, tokens = dict(rows=4, batch=2, accumulation=2), dict(length=[500, 600, 500, 600], answer=[100]*4)
+    settings, tokens = dict(rows=4, batch=2, accumulation=2, steps=0), dict(length=[500, 600, 500, 600], answer=[100]*4)
     found = b.figures([run(4., 8., steps=1), run(2., 8., steps=1), run(8., 8., steps=1)], settings, tokens, 1)
     assert found["cpu_seconds"]["median"] == 4 and found["samples"] == 4
     assert [found["samples_per_cpu_second"][k] for k in ("low", "median", "high")] == [.5, 1, 2]
@@ -112,7 +112,7 @@ def test_figures_by_hand():
 
 
 def test_ratios_pair_neighbours_and_count_the_better_setting():
-    settings = dict(rows=4, batch=2, accumulation=2)
+    settings = dict(rows=4, batch=2, accumulation=2, steps=0)
     lines = dict(ours=[run(1., rss=50.), run(2., rss=50.), run(4., rss=50.)],
                  slow=[run(6., rss=80.), run(12., rss=80.), run(24., rss=80.)],
                  quick=[run(3., rss=100.), run(6., rss=100.), run(8., rss=100.)])

@@ -163,8 +163,8 @@ def test_imports_are_declared():
     declared = requirement_names(PROJECT["dependencies"] + extras)
     for module in modules():
         for found in set(outside_imports(module_tree(module))) - {"vlm_tutor"} - sys.stdlib_module_names:
-            name = places.get(found, found).replace("_", "-")
-            assert name in declared, f"{module} imports {found}: not in pyproject.toml"
+            package = places.get(found, found.replace("_", "-"))
+            assert package in declared, f"{module} imports {found}: not in pyproject.toml"
 
 
 def test_licence_and_site_are_in_place():

@@ -29,8 +29,8 @@ from .sources import load_examples
 # %% ../nbs/25_bench.ipynb #51a3fbe4
 SETTINGS = dict(model='scaled-2b', data=None, vocabulary=9496, rows=16, image=[448, 672], answer_tokens=180,
                 image_max_pixels=589824, dtype='float32', batch=2, accumulation=2, learning_rate=1e-3, lora_rank=8,
-                epochs=10, peer_epochs=2, repeats=5, threads=1, seed=42, check_steps=4, check_accumulation=None,
-                tolerance=1e-4)
+                epochs=10, peer_epochs=2, steps=0, pages=0, repeats=5, threads=1, seed=42, check_steps=4,
+                check_accumulation=None, tolerance=1e-4)
 ENGINE = dict(worker='plain', peer=None, checkpointing=None, settings={})
 EXPERIMENT = dict(task='train', device='cpu', engines={}, base={}, points={}, vary={}, report_epochs=[], targets={})
 CHOICES = dict(task=['train', 'predict', 'save'], device=['cpu', 'cuda'], dtype=['float32', 'bfloat16'],
@@ -55,7 +55,7 @@ def checked(
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if known[name] is not None and not fits:
             raise VlmError(f"{name} in {what} is {value!r}", f'a value such as {known[name]!r}')
-        if kind in (int, float) and name != 'seed' and value <= 0:
+        if kind in (int, float) and name not in ('seed', 'steps', 'pages') and value <= 0:
             raise VlmError(f'{name} in {what} is {value}', 'a number above 0')
     return dict(given or {})
 
@@ -186,9 +186,9 @@ def _draw_rows(folder, settings, splits):
     for split, n in splits.items():
         rows = []
         for i in range(n):
-            path = folder/'pages'/f'{split}-{i:04}.png'
+            path = folder/'pages'/f'{split}-{i%(settings["pages"] or n):04}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw_page(settings['image'], rng).save(path)
+            if not path.exists(): draw_page(settings['image'], rng).save(path)
             answer = random_answer(rng.randint(length//2, length*3//2), rng)
             rows.append(Example(f'{split}-{i:04}', [str(path)], 'Read the page as JSON.', answer))
         write_split(folder/'data', 'bench', split, rows)
@@ -249,7 +249,7 @@ def _count_tokens(preprocess, rows):
     return {key: [count[key] for count in counts] for key in ('image', 'prompt', 'answer', 'length')}
 
 # %% ../nbs/25_bench.ipynb #70a6c4a5
-WORK_KEYS = 'model data vocabulary rows image answer_tokens image_max_pixels lora_rank seed'.split()
+WORK_KEYS = 'model data vocabulary rows pages image answer_tokens image_max_pixels lora_rank seed'.split()
 
 def make_work(
     settings: dict,  # of a point
@@ -358,7 +358,8 @@ def make_job(
     job |= {key: about[key] for key in ('worker', 'checkpointing', 'settings')}
     if check and settings['check_accumulation']: job['accumulation'] = settings['check_accumulation']
     return job | dict(epochs=settings['epochs' if about['worker'] == 'ours' else 'peer_epochs'], ordered=check,
-                      max_steps=settings['check_steps'] if check else -1, max_new_tokens=-(-longest*5//4//64)*64)
+                      max_steps=settings['check_steps' if check else 'steps'] or -1,
+                      max_new_tokens=-(-longest*5//4//64)*64)
 
 # %% ../nbs/25_bench.ipynb #d8fc10d3
 def own_config(
@@ -563,8 +564,9 @@ def cost(
 def steps_per_epoch(
     settings: dict,  # rows, batch, accumulation
 ) -> int:
-    "Optimiser steps in one pass over the rows"
-    return math.ceil(math.ceil(settings['rows']/settings['batch'])/settings['accumulation'])
+    "Optimiser steps in one pass over the rows, or the few that are taken of it"
+    steps = math.ceil(math.ceil(settings['rows']/settings['batch'])/settings['accumulation'])
+    return min(steps, settings['steps'] or steps)
 
 # %% ../nbs/25_bench.ipynb #0ae05dba
 def figures(
@@ -574,9 +576,10 @@ def figures(
     epochs: int,  # the length that is asked about
 ) -> dict:  # speeds and costs, each with median and interval
     "What one engine did at one point, if it runs for so many epochs"
-    per_epoch, samples = steps_per_epoch(settings), settings['rows']*epochs
+    per_epoch = steps_per_epoch(settings)
+    samples = min(settings['rows'], per_epoch*settings['batch']*settings['accumulation'])*epochs
     cpu, wall = ([cost(line, per_epoch, epochs, which) for line in lines] for which in (0, 1))
-    every, learned = (sum(tokens.get(kind, ()))*epochs for kind in ('length', 'answer'))
+    every, learned = (statistics.fmean(tokens.get(kind) or [0])*samples for kind in ('length', 'answer'))
     return dict(cpu_seconds=middle(cpu), seconds=middle(wall), samples=samples,
                 samples_per_cpu_second=middle([samples/c for c in cpu]),
                 samples_per_second=middle([samples/w for w in wall]),

@@ -159,7 +159,8 @@ def image_size(
     try:
         with Image.open(path) as image:
             sizes = image.height, image.width
-            return sizes[::-1] if image.getexif().get(0x0112, 1) > 4 else sizes # 5 to 8: lies on its side
+            known = image.format != 'PNG' or 'exif' in image.info # else Pillow would read the whole file to find none
+            return sizes[::-1] if known and image.getexif().get(0x0112, 1) > 4 else sizes # 5 to 8: lies on its side
     except Exception: return load_image(path).size[::-1] # says what is wrong with the file
 
 @patch

@@ -15,7 +15,7 @@ import json, os, time
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import choose_rows, cpu_has_bf16, load_config
+from .config import check_kernels, choose_rows, cpu_has_bf16, load_config
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, check_choice, content_hash,
                             read_json_file, read_jsonl, say, write_jsonl)
 from .sources import SPLITS, find_schema, load_examples
@@ -126,12 +126,14 @@ def load_run_model(
 ) -> tuple: # model, `Preprocess`, content hash of the base
     "The base that a configuration names, perhaps with an adapter, and its preprocessing"
     device, dtype = choose_device(config, device)
+    check_kernels(config, device)
     from vlm_tutor.collate import Preprocess
     from vlm_tutor.lora import no_chatter
     from vlm_tutor.tiny import load_model, load_processor
     preprocess = Preprocess(load_processor(config.model_name_or_path), config.cutoff_len,
                             config.image_max_pixels, config.image_min_pixels)
-    model = load_model(config.model_name_or_path, device, dtype)
+    model = load_model(config.model_name_or_path, device, dtype, config.flash_attn, config.enable_liger_kernel)
+    if config.torch_compile and device == 'cuda': model.generation_config.cache_implementation = 'static'
     found = model_hash(config.model_name_or_path, model)
     if adapter:
         check_base(adapter, config.model_name_or_path, found)
