@@ -235,17 +235,23 @@ def _length(file):
     from pyarrow.parquet import read_metadata
     with _opened(file) as opened: return read_metadata(opened).num_rows
 
+# %% ../nbs/05a_tables.ipynb #36cfc466
+def _batch(told):
+    "Rows that have about 8 MB together"
+    size = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
+    return max(1, min(1000, 8_000_000*told.num_rows//max(1, size)))
+
 def _file_rows(file, first, images, kinds):
     "Rows of one parquet file from one on"
     from datasets import Features
     from pyarrow.parquet import ParquetFile
     with _opened(file) as opened:
-        table = ParquetFile(opened, pre_buffer=False)
+        table = ParquetFile(opened, pre_buffer=False, buffer_size=2**20) # else a whole group of images is in memory
         kinds, groups = kinds or Features.from_arrow_schema(table.schema_arrow), list(range(table.num_row_groups))
         while groups and first >= (length := table.metadata.row_group(groups[0]).num_rows):
             groups, first = groups[1:], first - length
         columns = [column for column, kind in kinds.items() if images or not _is_picture(kind)]
-        batches = table.iter_batches(16, row_groups=groups, columns=columns, use_threads=False)
+        batches = table.iter_batches(_batch(table.metadata), row_groups=groups, columns=columns, use_threads=False)
         yield from islice(_named((row for batch in batches for row in batch.to_pylist()), kinds), first, None)
 
 # %% ../nbs/05a_tables.ipynb #02d09465
