@@ -129,7 +129,8 @@ def value(self: _Pieces):
             self.size *= 2
             if not self.more(): raise
         else:
-            if end < len(self.text) or not self.more(): break
+            cut = isinstance(found, int|float) and self.text[end:end + 1] not in (',', ']', ' ', '\t', '\r', '\n')
+            if end < len(self.text) and not cut or not self.more(): break # 0.5 may have been read up to "0."
     self.at = end
     return found
 
@@ -227,8 +228,9 @@ def check_shards(
 # %% ../nbs/05a_tables.ipynb #18b820f7
 def _opened(file):
     "A parquet file, here or on the hub"
+    if not str(file).startswith('hf://'): return open(file, 'rb')
     from huggingface_hub import HfFileSystem
-    return HfFileSystem().open(str(file)) if str(file).startswith('hf://') else open(file, 'rb')
+    return HfFileSystem().open(str(file))
 
 def _length(file):
     "Rows of one parquet file, from its end alone"
