@@ -324,3 +324,10 @@ def test_rows_can_be_read_by_hand():
     record = dict(messages=[dict(role="system", content="Be exact."), dict(role="user", content="<image>Read."),
                             dict(role="assistant", content="4")], images=["a.png"])
     assert sharegpt_row(record, "row 1", ["."], note=note, places=[]) == ("test", made)
+
+
+def test_rows_as_a_list_keep_the_order_of_the_file(folder):
+    from vlm_tutor.sources import read_rows
+    splits = ["test", "train", "test", "validation"]
+    write_jsonl("r.jsonl", [dict(image="docs/a.png", target=str(i), split=split) for i, split in enumerate(splits)])
+    assert [(split, e.target) for split, e in read_rows("r.jsonl")] == [(s, str(i)) for i, s in enumerate(splits)]

@@ -145,6 +145,13 @@ class Notes:
         return self.index.get(key) or self.index.get((None, key[1]))
 
 # %% ../nbs/06_sources.ipynb #8eba96c5
+def _row_file(path, prompt, media_dir, tags):
+    "The rows of a file, what makes an example of one, and the split of rows that name none"
+    path, notes = Path(path), Notes(path)
+    folders, table = [folder for folder in (media_dir, path.parent) if folder], path.suffix in ('.csv', '.tsv')
+    convert = partial(_to_example, folders=folders, prompt=prompt, tags=tags, table=table, notes=notes)
+    return READERS[path.suffix](path), convert, notes.split if notes.path.is_file() else 'train'
+
 def open_rows(
     path: str|Path, # a .jsonl, .json, .csv or .tsv file of rows
     prompt: str = DEFAULT_PROMPT, # the question for plain rows that have none
@@ -152,10 +159,7 @@ def open_rows(
     tags: dict = DIALECTS, # names of ShareGPT columns and roles
 ) -> dict: # {split: Examples}
     "The rows of one file, plain or ShareGPT, by split"
-    path, notes = Path(path), Notes(path)
-    folders, table = [folder for folder in (media_dir, path.parent) if folder], path.suffix in ('.csv', '.tsv')
-    convert = partial(_to_example, folders=folders, prompt=prompt, tags=tags, table=table, notes=notes)
-    return split_rows(READERS[path.suffix](path), convert, notes.split if notes.path.is_file() else 'train')
+    return split_rows(*_row_file(path, prompt, media_dir, tags))
 
 # %% ../nbs/06_sources.ipynb #96b19579
 def read_rows(
@@ -163,9 +167,11 @@ def read_rows(
     prompt: str = DEFAULT_PROMPT, # the question for plain rows that have none
     media_dir: str|Path|None = None, # where image paths start, besides the file's own folder
     tags: dict = DIALECTS, # names of ShareGPT columns and roles
-) -> list: # pairs of split and example, split by split
+) -> list: # pairs of split and example, in the file's order
     "The rows of one file as a list"
-    return [(split, example) for split, rows in open_rows(path, prompt, media_dir, tags).items() for example in rows]
+    rows, convert, default = _row_file(path, prompt, media_dir, tags)
+    names = [(row, f"row {number} of '{path}'") for number, row in enumerate(rows, 1)]
+    return [(_split_of(row, where, default), convert(row, where, places=None)) for row, where in names]
 
 # %% ../nbs/06_sources.ipynb #dc87b300
 def data_sets(
