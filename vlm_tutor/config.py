@@ -8,8 +8,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/config.html.md"""
 __all__ = ['OWN_KEYS', 'FIELDS', 'CHOICES', 'ABOVE_ZERO', 'NOT_BELOW_ZERO', 'SHARES', 'RANGES', 'OTHER_WORDS', 'NAMES_OF_TYPES',
            'KERNELS', 'LONG_ANSWERS', 'HELD_BACK', 'key', 'ModelKeys', 'MethodKeys', 'DataKeys', 'TrainKeys', 'OwnKeys',
            'Config', 'check_values', 'check_key', 'yaml_value', 'to_type', 'presets', 'find_config', 'parse_overrides',
-           'as_dict', 'load_config', 'save_config', 'config_diff', 'choose_rows', 'plan_steps', 'cpu_has_bf16',
-           'ineffective_keys', 'check_kernels', 'image_tokens', 'remarks', 'explain', 'show_config']
+           'as_dict', 'load_config', 'save_config', 'config_diff', 'choose_rows', 'plan_steps', 'ineffective_keys',
+           'check_kernels', 'image_tokens', 'remarks', 'explain', 'show_config']
 
 # %% ../nbs/03_config.ipynb #8fe223d9
 import dataclasses, math, os, random
@@ -18,8 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
-from .core import (CONFIGS, Result, RunFolder, VlmError, check_choice, md_table, nearest, read_json_file,
-                            read_yaml, table, write_yaml)
+from .core import (CONFIGS, Result, RunFolder, VlmError, check_choice, cpu_has_bf16, md_table, nearest,
+                            read_json_file, read_yaml, table, write_yaml)
 
 # %% ../nbs/03_config.ipynb #9cc1b70c
 def key(
@@ -362,13 +362,6 @@ def plan_steps(
                 warmup_steps=math.ceil(warmup*steps if warmup < 1 else warmup),
                 evaluations=_times(config.eval_strategy, every, steps, steps/per_epoch),
                 checkpoints=_times(config.save_strategy, config.save_steps, steps, steps/per_epoch))
-
-# %% ../nbs/03_config.ipynb #27c9dd63
-def cpu_has_bf16() -> bool:
-    "Does this CPU multiply in 16 bits (AVX512-BF16 or AMX)?"
-    try: flags = Path('/proc/cpuinfo').read_text()
-    except OSError: return False
-    return 'avx512_bf16' in flags or 'amx_bf16' in flags
 
 # %% ../nbs/03_config.ipynb #47aa967c
 def _native_idle(c, device):

@@ -177,8 +177,7 @@ def keep(self: Features,
 ) -> tuple: # the same pair
     "Keep a pair in memory while there is room"
     if self.room > pair[1].nbytes and image not in self.kept:
-        self.kept[image] = pair
-        self.room -= pair[1].nbytes
+        self.kept[image], self.room = pair, self.room - pair[1].nbytes
     return pair
 
 # %% ../nbs/13a_features.ipynb #d00b560e

@@ -57,8 +57,7 @@ def normed(
     eps: float, # the norm's epsilon
 ) -> tuple: # the normed x, 1/rms in 32 bits
     "RMS norm (Zhang and Sennrich, 2019, arXiv:1910.07467), and what its backward pass needs"
-    wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    inverse = torch.rsqrt((wide := x.float()).square().mean(-1, keepdim=True) + eps)
     return weight*(wide*inverse).to(x.dtype), inverse
 
 def norm_backward(
@@ -242,8 +241,7 @@ class BlockAttention(Function):
     "Causal attention of one row (tokens × heads × width) in blocks; keeps its inputs and, unless `again`, the weights"
     @staticmethod
     def forward(ctx, q, k, v, again):
-        out, qs, ks, vs = torch.empty_like(q), _by_key(q, k), _by_key(k, k)[:, 0], _by_key(v, k)[:, 0]
-        kept = []
+        out, kept, qs, ks, vs = torch.empty_like(q), [], _by_key(q, k), _by_key(k, k)[:, 0], _by_key(v, k)[:, 0]
         for a, b in _blocks(q):
             _, p = _block(qs, ks, a, b)
             out[a:b] = torch.bmm(p.flatten(1, 2), vs[:, :b]).view(-1, b - a, q.shape[-1]).transpose(0, 1)

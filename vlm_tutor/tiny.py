@@ -6,8 +6,9 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/tiny.html.md"""
 
 # %% auto #0
 __all__ = ['PATCH', 'MERGE', 'CHAT_TEMPLATE', 'SPECIALS', 'CHAT_WORDS', 'MERGES', 'TINY', 'TRANSCRIBE_PROMPT', 'ATTENTION',
-           'tiny_config', 'build_tokenizer', 'ImageTextProcessor', 'build_processor', 'build_tiny', 'count_parts',
-           'save_tiny', 'resolve_model', 'load_processor', 'load_model', 'ask']
+           'OLD_THETA', 'tiny_config', 'build_tokenizer', 'ImageTextProcessor', 'build_processor', 'build_tiny',
+           'count_parts', 'save_tiny', 'resolve_model', 'load_processor', 'load_model', 'ask', 'misread', 'head_places',
+           'widen', 'common_form', 'save_common_form']
 
 # %% ../nbs/12_tiny.ipynb #92b3e4c4
 import json
@@ -203,3 +204,90 @@ def ask(
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         out += processor.batch_decode(ids[:, inputs['input_ids'].shape[1]:], skip_special_tokens=True)
     return [t.removesuffix('\n') for t in out]
+
+# %% ../nbs/12_tiny.ipynb #0ab6544f
+OLD_THETA = 1e4 # from which an older vision tower makes its frequencies, whatever the config says
+
+def misread(config: dict) -> list: # what a config.json holds; reasons, or nothing when all read it alike
+    "Why an older transformers computes something else from a Qwen2-VL folder, without a word"
+    if config.get('model_type') != 'qwen2_vl': return []
+    text, vision = ((config.get(f'{part}_config') or {}).get('rope_parameters') or {} for part in ('text', 'vision'))
+    sections, theta = len(text.get('mrope_section') or ()), vision.get('rope_theta', OLD_THETA)
+    return [f'{sections} rotary sections, which is no multiple of 3']*(sections % 3 > 0) + \
+        [f'vision frequencies from {theta:g} instead of {OLD_THETA:g}']*(theta != OLD_THETA)
+
+# %% ../nbs/12_tiny.ipynb #bac10cc0
+def _twins(weight): return torch.cat([weight, weight])
+
+def _rows(weight, places):
+    "Twice the rows; the old ones at `places`, the others zero"
+    wide = weight.new_zeros(2*len(weight), *weight.shape[1:])
+    wide[places] = weight
+    return wide
+
+def _columns(weight, places):
+    "Twice the columns; the old ones at `places`, the others zero"
+    return _rows(weight.T, places).T.contiguous() if weight.dim() == 2 else weight
+
+def head_places(
+    heads: int, # attention heads
+    width: int, # channels of all heads together
+) -> torch.Tensor: # width numbers below 2·width
+    "Where the channels of each head go when it becomes twice as wide: the higher frequencies of both axes"
+    quarter = width//heads//4 # frequencies of one axis
+    steps = torch.cartesian_prod(torch.arange(heads), torch.arange(2), torch.arange(2), torch.arange(quarter))
+    return steps @ torch.tensor([8*quarter, 4*quarter, 2*quarter, 1])
+
+# %% ../nbs/12_tiny.ipynb #304d1500
+def widen(
+    name: str, # of a weight of the tower, such as "blocks.0.attn.qkv.weight"
+    weight: torch.Tensor, # its values
+    vision, # the tower's config
+) -> torch.Tensor: # the same weight in a tower of twice the width
+    "One weight of the tower, for heads twice as wide and a stream with twins"
+    heads, stream = head_places(vision.num_heads, vision.embed_dim), torch.arange(vision.embed_dim)
+    if 'attn.qkv' in name:
+        query, *others = _columns(weight, stream).chunk(3)
+        return torch.cat([_rows(part, heads) for part in (query*2**.5, *others)]) # scores are divided by √width
+    if 'attn.proj' in name: return _twins(_columns(weight, heads))
+    if 'fc1' in name: return _columns(weight, stream)
+    if 'merger.mlp.0' in name:
+        own = torch.arange(len(weight)) # each of the four patches brings its twins
+        return _rows(_columns(weight, own//len(stream)*2*len(stream) + own % len(stream)), own)
+    if 'merger.mlp.2' in name: return _columns(weight, torch.arange(weight.shape[-1]))
+    return _twins(weight)
+
+# %% ../nbs/12_tiny.ipynb #543cce25
+def common_form(
+    model, # a Qwen2-VL, such as the embedded base
+) -> Qwen2VLForConditionalGeneration: # the same function, in 32 bits
+    "A model in numbers that every transformers 5 reads alike"
+    values, parts = model.config.to_dict(), {name: weight.float() for name, weight in model.state_dict().items()}
+    text, vision = values['text_config']['rope_parameters'], values['vision_config']
+    text['mrope_section'] = [*text['mrope_section'], *[0]*(-len(text['mrope_section']) % 3)]
+    theta = vision['rope_parameters']['rope_theta']
+    if theta != OLD_THETA:
+        if theta**2 != OLD_THETA: raise VlmError(f'vision frequencies from {theta:g} have no common form',
+                                                 f'from {OLD_THETA:g} or {OLD_THETA**.5:g}')
+        vision |= dict(embed_dim=2*vision['embed_dim'], mlp_ratio=vision['mlp_ratio']//2)
+        vision['rope_parameters']['rope_theta'] = OLD_THETA
+        own, start = model.config.vision_config, 'model.visual.'
+        parts |= {name: widen(name, weight, own) for name, weight in parts.items() if name.startswith(start)}
+    wide = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**values))
+    wide.load_state_dict(parts)
+    return wide.eval()
+
+# %% ../nbs/12_tiny.ipynb #45a5b3a9
+def save_common_form(
+    name: str, # 'tiny-receipts' or a folder with a Qwen2-VL
+    folder: str | Path, # made when missing
+    image_max_pixels: int | None = None, # limits that the processor shall keep; its own when None
+    image_min_pixels: int | None = None, # the same for small images
+) -> Path: # the folder
+    "Write a model so that every transformers 5 computes the same from it"
+    processor = load_processor(name)
+    size = processor.image_processor.size
+    processor.image_processor.size = dict(longest_edge=image_max_pixels or size['longest_edge'],
+                                          shortest_edge=image_min_pixels or size['shortest_edge'])
+    save_tiny(common_form(load_model(name)), processor, folder)
+    return Path(folder)
