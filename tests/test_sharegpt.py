@@ -444,6 +444,37 @@ def test_system_prompts_come_back_and_llama_factory_is_told(tmp_path, docs):
     assert "system_tag" not in json.loads((tmp_path / "out/dataset_info.json").read_text())["odd"]["tags"]
 
 
+READ_BY_FACTORY = """import json, sys
+from llamafactory.data.loader import _load_single_dataset
+from llamafactory.data.parser import get_dataset_list
+from llamafactory.hparams import DataArguments, ModelArguments
+from transformers import Seq2SeqTrainingArguments
+data = DataArguments(dataset="sys", dataset_dir=sys.argv[1], media_dir=sys.argv[1], overwrite_cache=True)
+words = ModelArguments(model_name_or_path="x"), data, Seq2SeqTrainingArguments(output_dir=sys.argv[2], use_cpu=True)
+entries = get_dataset_list(sys.argv[3:], sys.argv[1])
+told = {entry.dataset_name: list(_load_single_dataset(entry, *words)) for entry in entries}
+print(json.dumps(told))"""
+
+
+@pytest.mark.slow
+def test_llama_factory_itself_reads_the_same(tmp_path, docs):
+    from vlm_tutor.core import find_llamafactory
+    command = find_llamafactory()
+    if not command: pytest.skip("LLaMA-Factory is not installed: vlm doctor --install llamafactory")
+    out = tmp_path / "out"
+    save_cord_dataset_in_sharegpt_format(out, make_cord(tmp_path / "cord"))
+    write_split(out, "sys", "train", [Example("s", docs[0].images * 2, "Read.", "4", {"a": 1}, "Be exact."), docs[1]])
+    words = [str(Path(command).parent / "python"), "-c", READ_BY_FACTORY, str(out), str(tmp_path / "run"), "sys", "cord"]
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1")
+    done = subprocess.run(words, capture_output=True, text=True, env=clean | dict(HF_HOME=str(tmp_path / "home")))
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    for name, rows in told.items():
+        mine = load_examples(out, "train", name=name.removesuffix(".json"))
+        assert [(r["_system"], r["_prompt"][0]["content"], r["_response"][0]["content"], r["_images"]) for r in rows] == \
+            [(e.system, "<image>" * len(e.images) + e.prompt, e.target, list(map(str, e.images))) for e in mine]
+
+
 def test_images_are_shrunk_only_when_asked_and_only_when_too_large(tmp_path):
     source = make_cord(tmp_path / "cord", train=3, shards=1)
     large = tmp_path / "docs/large.jpg"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .core import Example, VlmError, load_image, nearest
+from .core import Example, VlmError, load_image, nearest, upright_size
 from .pages import keep_image, pdf_pages
 from .receipts import CORD_SCHEMA
 from .schema import Schema, exact_text, exact_value, read_schema_file, schema_from_rules
@@ -33,13 +33,11 @@ def check_image(
     "Size of an image; a `VlmError` that names the file when it cannot be read to its end"
     try:
         with Image.open(path) as image:
-            (width, height), kind = image.size, image.format
-            exif = image.getexif() if kind != 'PNG' or 'exif' in image.info else {}
+            size, kind = upright_size(image), image.format
             image.verify()
-        whole = kind == 'PNG' or kind == 'JPEG' and _ends_like_jpeg(path)
-    except Exception: whole = False # whatever it is, decoding says it in full
-    if not whole: return load_image(path).size
-    return (height, width) if exif.get(0x0112, 1) >= 5 else (width, height)
+        if kind == 'PNG' or kind == 'JPEG' and _ends_like_jpeg(path): return size
+    except Exception: pass # whatever it is, decoding says it in full
+    return load_image(path).size
 
 # %% ../nbs/05c_examples.ipynb #1f080408
 SROIE_SCHEMA = Schema('sroie', ('company', 'date', 'address', 'total'),
