@@ -27,7 +27,8 @@ def test_shipped_experiments_are_whole(name):
 
 
 def test_the_experiments_of_the_house_are_there():
-    wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "rows", "cord_gpu", "predict", "mini"}
+    wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "rows", "cord_gpu", "predict", "mini",
+              "save"}
     assert set(b.experiments()) == wanted
 
 
@@ -146,6 +147,34 @@ def test_answers_must_be_the_same():
     assert b.check_answers(dict(ours=list("abcd"), b=list("abcx")), .7) == .75
     for theirs in (list("abxy"), list("abc"), []):
         with pytest.raises(VlmError, match="the same answer"): b.check_answers(dict(ours=list("abcd"), b=theirs), .7)
+
+
+def test_saved_data_sets_must_hold_the_same():
+    ours, loop, jpeg = (dict(engine=n, answers=["{}", "[]"], pixels=["a", "b"]) for n in ("ours", "loop", "jpeg"))
+    assert b.check_saved([ours, loop, jpeg | dict(pixels=None)]) == 1
+    for other in (dict(answers=["{}", "{}"]), dict(answers=["{}"]), dict(pixels=["a", "c"]), dict(pixels=["a"])):
+        with pytest.raises(VlmError, match="the same answer"): b.check_saved([ours, loop | other, jpeg])
+
+
+def test_the_table_is_the_same_again_and_is_read_by_datasets(tmp_path):
+    from datasets import load_dataset
+    settings = b.SETTINGS | dict(rows=2, image=[64, 96])
+    one, two = b.make_table(settings, tmp_path/"a"), b.make_table(settings, tmp_path/"b")
+    rows, other = (list(load_dataset(work["data"], split="train", streaming=True)) for work in (one, two))
+    assert [row["image"].size for row in rows] == [(64, 96)]*2 and one["image_mb"] > 0
+    assert [row["image"].tobytes() for row in rows] == [row["image"].tobytes() for row in other]
+    assert rows[0]["image"].tobytes() != rows[1]["image"].tobytes(), "equal images would be stored once"
+
+
+def test_a_real_bench_of_saving(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_yaml(tmp_path/"mine.yaml", read_yaml(b.experiments()["save"]) | dict(points={}, targets={}))
+    record = b.bench("mine.yaml", repeats=1, overrides=["rows=4", "image=[64, 96]"])
+    at = record["points"]["base"]
+    assert at["check"] == 1 and at["better"]["resave"] in at["ratios"] and set(at["ratios"]) == {"loop", "loop_jpeg"}
+    for engine in at["engines"].values():
+        assert engine["epochs"]["1"]["samples"] == 4 and engine["epochs"]["1"]["samples_per_second"]["n"] == 1
+    assert "rows/s" in str(record) and "the same pixels" in str(record)
 
 
 # --- a bench without its workers --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from vlm_tutor.config import as_dict, load_config
 from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, read_jsonl, write_jsonl
 from vlm_tutor.predict import answer_batch, answer_limit, generate, load_run_model, model_hash, predict, split_examples
 from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
+from vlm_tutor.sources import load_examples
 from vlm_tutor.tiny import build_processor, build_tiny, save_tiny
 
 PREDICT = "from vlm_tutor.predict import predict; predict({!r}, 'vanilla-model', batch_size=1)"
@@ -95,7 +96,9 @@ def test_nothing_is_done_twice(run):
 def test_a_change_sets_the_old_file_aside(run, change):
     path = run.predictions("vanilla-model")
     config, data = load_config(run.config_file), run.path.parent / "data"
-    if change == "image": shutil.copy(data / "images/test-00001.png", data / "images/test-00000.png")
+    if change == "image":
+        one, other, *_ = [example.image for example in load_examples(data, "test")]
+        shutil.copy(other, one)
     test = data / "cord_test.json"
     if change == "prompt": atomic_write(test, test.read_text().replace("Extract", "Give"))
     if change == "decoding": atomic_write(run.config_file, json.dumps(as_dict(config) | dict(image_max_pixels=10000)))

@@ -1,5 +1,5 @@
 """Chapter 07 where a notebook cannot go: odd texts, crashes, other people's files, other working directories."""
-import json, os, shutil, subprocess, sys, tempfile
+import hashlib, json, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest
@@ -7,12 +7,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
+from cord import make_cord, page, truth
 from vlm_tutor.core import Example, VlmError, read_jsonl
-from vlm_tutor.receipts import make_examples
-from vlm_tutor.sharegpt import (meta_row, place_image, register, save_cord_dataset_in_sharegpt_format,
+from vlm_tutor.pages import place_image
+from vlm_tutor.receipts import CORD_SCHEMA, make_examples
+from vlm_tutor.sharegpt import (meta_row, register, save_cord_dataset_in_sharegpt_format,
                                 save_dataset_in_sharegpt_format, set_config, set_entries, with_entry, with_settings,
-                                write_split)
-from vlm_tutor.sources import load_examples, load_splits
+                                write_split, write_splits)
+from vlm_tutor.sources import Examples, load_examples, load_splits
 
 # As llama-factory.md writes them down
 ENTRY = {"file_name": "cord.json", "formatting": "sharegpt", "columns": {"messages": "messages", "images": "images"},
@@ -39,6 +41,12 @@ def rows(folder, n=3, grey=0):
     return [Example(f"doc-{i}", [place], "Read.", f'{{"n":{i}}}', {"i": i}) for i, place in enumerate(places)]
 
 
+def stored(path):
+    "The name of an image in a data set, as `sha256sum` would tell it"
+    kind = {".jpeg": ".jpg"}.get(path.suffix.lower(), path.suffix.lower())
+    return f"images/{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}{kind}"
+
+
 def facts(examples):
     "All that must come back, images as bytes"
     return [(e.id, e.prompt, e.target, e.meta, [Path(p).read_bytes() for p in e.images]) for e in examples]
@@ -58,15 +66,18 @@ def test_files_are_exactly_what_llama_factory_reads(tmp_path):
     made = make_examples(1, folder=tmp_path)
     save_cord_dataset_in_sharegpt_format(tmp_path / "out", n=1)
     assert json.loads((tmp_path / "out/cord.json").read_text()) == [
-        {"messages": [{"role": "user", "content": "<image>" + made[0].prompt},
-                      {"role": "assistant", "content": made[0].target}], "images": ["images/train-00000.png"]}]
+        {"id": "train-00000", "messages": [{"role": "user", "content": "<image>" + made[0].prompt},
+                                           {"role": "assistant", "content": made[0].target}],
+         "images": [stored(made[0].image)]}]
     info = json.loads((tmp_path / "out/dataset_info.json").read_text())
     assert info == {k: {**ENTRY, "file_name": f"{k}.json"} for k in ("cord", "cord_validation", "cord_test")}
     assert list(info) == ["cord", "cord_validation", "cord_test"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["cord.json", "cord_test.json", "cord_validation.json",
-                                                    "dataset_info.json", "images", "meta.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["cord.json", "cord_test.json",
+                                                    "cord_validation.json", "dataset_info.json", "images", "meta.jsonl",
+                                                    "schema.cord.json"]
     meta = read_jsonl(tmp_path / "out/meta.jsonl")
-    assert meta[0] == {"id": "train-00000", "split": "train", "image": "images/train-00000.png", **made[0].meta}
+    assert meta[0] == {"id": "train-00000", "data_set": "cord", "split": "train", "image": stored(made[0].image),
+                       **made[0].meta}
 
 
 def test_datasets_loads_the_file_as_llama_factory_does(tmp_path):
@@ -151,7 +162,7 @@ def test_meta_that_would_change_is_refused(meta):
 def test_images_are_linked_not_encoded(tmp_path, kind):
     image = picture(tmp_path / f"photo.{kind}")
     write_split(tmp_path / "out", "d", "train", [Example("x", [image], "Read.", "4")])
-    assert os.path.samefile(tmp_path / f"out/images/x.{kind}", image)
+    assert os.path.samefile(tmp_path / "out" / stored(image), image)
 
 
 def test_images_of_another_file_system_are_copied_byte_for_byte(tmp_path):
@@ -169,14 +180,18 @@ def test_a_symlinked_image_outlives_its_symlink(tmp_path):
     (tmp_path / "docs/link.png").symlink_to(picture(tmp_path / "real.png"))
     write_split(tmp_path / "out", "d", "train", [Example("x", [tmp_path / "docs/link.png"], "Read.", "4")])
     shutil.rmtree(tmp_path / "docs")
-    assert not (tmp_path / "out/images/x.png").is_symlink() and load_examples(tmp_path / "out")[0].load_images()
+    image, = (tmp_path / "out/images").iterdir()
+    assert not image.is_symlink() and load_examples(tmp_path / "out")[0].load_images()
 
 
 def test_no_image_is_ever_overwritten(tmp_path, docs):
-    theirs = picture(tmp_path / "out/images/doc-0.png", 255).read_bytes()
-    write_split(tmp_path / "out", "d", "train", docs)
-    write_split(tmp_path / "out", "d", "train", rows(tmp_path / "other", grey=200), force=True)
-    assert (tmp_path / "out/images/doc-0.png").read_bytes() == theirs
+    theirs = tmp_path / "out" / stored(docs[0].image)
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"somebody has edited this one")
+    with pytest.raises(VlmError, match="was changed after it was saved"):
+        write_split(tmp_path / "out", "d", "train", docs)
+    write_split(tmp_path / "out", "d", "train", rows(tmp_path / "other", grey=200))
+    assert theirs.read_bytes() == b"somebody has edited this one"
     assert facts(load_examples(tmp_path / "out")) == facts(rows(tmp_path / "other", grey=200))
     assert (tmp_path / "docs/0.png").read_bytes() == picture(tmp_path / "same.png", 0).read_bytes()
 
@@ -184,7 +199,7 @@ def test_no_image_is_ever_overwritten(tmp_path, docs):
 def test_a_lost_image_comes_back(tmp_path, docs):
     write_split(tmp_path / "out", "d", "train", docs)
     before = tree(tmp_path / "out")
-    (tmp_path / "out/images/doc-1.png").unlink()
+    (tmp_path / "out" / stored(docs[1].image)).unlink()
     assert write_split(tmp_path / "out", "d", "train", docs) == "completed"
     assert tree(tmp_path / "out") == before
 
@@ -226,7 +241,7 @@ def test_the_training_split_comes_first_whenever_it_is_saved(tmp_path, docs):
 def test_a_bad_row_late_in_the_list_leaves_nothing(tmp_path, docs):
     bad = Example("bad", docs[0].images, "Read.", "<image>")
     with pytest.raises(VlmError, match="'bad'"): write_split(tmp_path / "out", "d", "train", iter([*docs, bad]))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     with pytest.raises(VlmError, match="no examples"): write_split(tmp_path / "out", "d", "train", [])
 
 
@@ -259,6 +274,238 @@ write_split({str(tmp_path / 'out')!r}, 'd', 'train', half(), force=True)"""
     assert write_split(tmp_path / "out", "d", "train", docs) == "unchanged" and tree(tmp_path / "out") == before
 
 
+# --- any size ---------------------------------------------------------------------------------------------------------
+SAVE = """import sys
+from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format as save
+from vlm_tutor import sharegpt
+{}
+save(sys.argv[1], sys.argv[2])"""
+# The process ends like one that the system kills: no cleaning up, buffers lost
+KILL = """keep, count = sharegpt.place_pictures, [0]
+def killed(*words):
+    import os, signal
+    count[0] += 1
+    if count[0] > {}: os.kill(os.getpid(), signal.SIGKILL)
+    return keep(*words)
+sharegpt.place_pictures = killed"""
+
+
+def save(out, source, extra=""):
+    command = [sys.executable, "-c", SAVE.format(extra), str(out), str(source)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def content(folder): return {name: data for name, (data, *_) in tree(folder).items()}
+
+
+def test_cord_from_parquet_is_what_it_was(tmp_path):
+    save_cord_dataset_in_sharegpt_format(tmp_path / "out", make_cord(tmp_path / "cord"))
+    rows = [row for rows in load_splits(tmp_path / "out").values() for row in rows]
+    assert [row.truth for row in rows] == [truth(i) for i in range(9)]
+    assert [row.image.read_bytes() for row in rows] == [page(i) for i in range(9)]
+    assert facts(load_examples(tmp_path / "out")) == facts(load_examples(tmp_path / "cord", schema="cord"))
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("stop", [0, 7, 300])
+def test_a_killed_save_goes_on_and_ends_as_if_nothing_had_been(tmp_path, stop):
+    n = 10 if stop < 10 else stop + 40
+    source = make_cord(tmp_path / "cord", train=n, validation=2)
+    assert save(tmp_path / "out", source, KILL.format(stop)).returncode == -9
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".cord.saving"]
+    rows = tmp_path / "out/.cord.saving/rows"
+    with open(rows, "ab") as file: file.write(b'{"id": "half a ro')
+    kept = rows.read_bytes().count(b"\n")
+    assert kept <= stop and (kept > 0 or stop < 10)
+    assert save(tmp_path / "out", source).returncode == 0
+    assert save(tmp_path / "whole", source).returncode == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert save(tmp_path / "out", source).returncode == 0 and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_changed_source_starts_over(tmp_path):
+    source = make_cord(tmp_path / "cord", train=10, shards=1)
+    save(tmp_path / "out", source, KILL.format(7))
+    shutil.rmtree(source)
+    make_cord(source, train=6, shards=1)
+    assert save(tmp_path / "out", source).returncode == 0
+    assert [e.truth for e in load_examples(tmp_path / "out")] == [truth(i) for i in range(6)]
+
+
+def test_rows_that_are_done_are_not_read_again(tmp_path):
+    seen, made = [], rows(tmp_path / "docs", 4)
+    def read(first, places, taken=None):
+        seen.append((first, sorted(taken)))
+        yield from made[first:3]
+        if not first: raise KeyboardInterrupt
+    stream = Examples("x", read, 4, "key")
+    with pytest.raises(KeyboardInterrupt): write_splits(tmp_path / "out", "d", {"train": stream})
+    assert write_splits(tmp_path / "out", "d", {"train": stream}) == {"train": ("new", 3)}
+    assert seen == [(0, []), (3, ["doc-0", "doc-1", "doc-2"])]
+    with pytest.raises(KeyboardInterrupt): write_splits(tmp_path / "b", "d", {"train": Examples("x", read, 4)})
+    assert not (tmp_path / "b").exists(), "without a key nothing is left behind"
+
+
+def test_all_splits_or_none(tmp_path, docs):
+    write_split(tmp_path / "out", "d", "test", docs)
+    before = tree(tmp_path / "out")
+    with pytest.raises(VlmError, match="holds another data set 'd_test'"):
+        write_splits(tmp_path / "out", "d", {"train": docs, "test": docs[:2]})
+    bad = Example("bad", docs[0].images, "Read.", "<image>")
+    with pytest.raises(VlmError, match="'bad'"):
+        write_splits(tmp_path / "out", "d", {"train": docs, "test": [bad]}, force=True)
+    assert tree(tmp_path / "out") == before
+
+
+def test_another_data_set_is_refused_at_its_first_row(tmp_path, docs):
+    write_split(tmp_path / "out", "d", "train", docs)
+    asked = []
+    with pytest.raises(VlmError, match="holds another data set 'd'"):
+        write_split(tmp_path / "out", "d", "train", (asked.append(e) or e for e in docs[::-1]))
+    assert len(asked) == 1
+
+
+PEAK = """import resource, sys
+from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format as save
+save(sys.argv[1], sys.argv[2], n=int(sys.argv[3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+
+
+def peak(out, source, n):
+    "Peak memory of a save, in MiB"
+    command = [sys.executable, "-c", PEAK, str(out), str(source), str(n)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    source = make_cord(tmp_path / "cord", shards=1, train=12_000)
+    few, many = peak(tmp_path / "few", source, 1_000), peak(tmp_path / "many", source, 12_000)
+    assert many - few < 12, f"{few:.0f} MiB for 1,000 rows, {many:.0f} for 12,000"
+    again = peak(tmp_path / "again", tmp_path / "many", 12_000)
+    assert again < few + 12 and content(tmp_path / "again") == content(tmp_path / "many"), "a data set as the source"
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows(tmp_path):
+    source = make_cord(tmp_path / "cord", shards=4, train=100_000)
+    few, many = peak(tmp_path / "few", source, 1_000), peak(tmp_path / "many", source, 100_000)
+    assert many - few < 40, "ids so that names stay apart, nothing else"
+    ids = {record["id"] for record in json.loads((tmp_path / "many/cord.json").read_text())}
+    assert len(ids) == len(read_jsonl(tmp_path / "many/meta.jsonl")) == 100_000
+
+
+# --- what a record can hold -------------------------------------------------------------------------------------------
+def test_examples_that_share_an_image_keep_their_own_meta(tmp_path):
+    place = picture(tmp_path / "a.png")
+    made = [Example(f"e{i}", [place], f"Question {i % 2}?", "4", {"i": i}) for i in range(4)]
+    for split, part in (("train", made[:3]), ("test", made[3:])): write_split(tmp_path / "out", "d", split, part)
+    assert len(list((tmp_path / "out/images").iterdir())) == 1
+    assert facts(load_examples(tmp_path / "out", "train")) == facts(made[:3])
+    records = json.loads((tmp_path / "out/d.json").read_text())
+    (tmp_path / "out/d.json").write_text(json.dumps([records[2], records[0]]))
+    assert facts(load_examples(tmp_path / "out", "train")) == facts([made[2], made[0]])
+    assert facts(load_examples(tmp_path / "out", "test")) == facts(made[3:])
+
+
+def test_two_data_sets_in_one_folder_keep_their_meta_apart(tmp_path, docs):
+    other = [Example(e.id, e.images, "Other?", e.target, {"other": True}) for e in docs]
+    write_split(tmp_path, "one", "train", docs)
+    write_split(tmp_path, "two", "train", other)
+    assert facts(load_examples(tmp_path, name="one")) == facts(docs)
+    assert facts(load_examples(tmp_path, name="two")) == facts(other)
+    assert write_split(tmp_path, "one", "train", docs) == "unchanged"
+
+
+def test_meta_of_the_first_version_is_still_found(tmp_path, docs):
+    "Records without ids, and notes that only name the image"
+    write_split(tmp_path, "d", "train", docs)
+    records, notes = json.loads((tmp_path / "d.json").read_text()), read_jsonl(tmp_path / "meta.jsonl")
+    for row in [*records, *notes]: row.pop("data_set", None)
+    (tmp_path / "d.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "id"} for r in records[::-1]]))
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in notes))
+    assert facts(load_examples(tmp_path)) == facts(docs[::-1])
+
+
+def test_system_prompts_come_back_and_llama_factory_is_told(tmp_path, docs):
+    made = [Example("s", docs[0].images * 2, "Read.", "4", {}, "Be exact."), docs[1]]
+    write_split(tmp_path / "out", "d", "train", made)
+    write_split(tmp_path / "out", "d", "test", docs[1:])
+    info = json.loads((tmp_path / "out/dataset_info.json").read_text())
+    assert info["d"] == {**ENTRY, "file_name": "d.json", "tags": {**ENTRY["tags"], "system_tag": "system"}}
+    assert info["d_test"] == {**ENTRY, "file_name": "d_test.json"}
+    assert json.loads((tmp_path / "out/d.json").read_text())[0]["messages"][:2] == [
+        {"role": "system", "content": "Be exact."}, {"role": "user", "content": "<image><image>Read."}]
+    back = load_examples(tmp_path / "out", "train")
+    assert facts(back) == facts(made) and [e.system for e in back] == ["Be exact.", ""]
+    assert write_split(tmp_path / "out", "d", "train", made) == "unchanged"
+    one = [Example("q", docs[0].images, 'Say "messages": [{"role": "system"', "4")]
+    write_split(tmp_path / "out", "odd", "train", one)
+    assert "system_tag" not in json.loads((tmp_path / "out/dataset_info.json").read_text())["odd"]["tags"]
+
+
+READ_BY_FACTORY = """import json, sys
+from llamafactory.data.loader import _load_single_dataset
+from llamafactory.data.parser import get_dataset_list
+from llamafactory.hparams import DataArguments, ModelArguments
+from transformers import Seq2SeqTrainingArguments
+data = DataArguments(dataset="sys", dataset_dir=sys.argv[1], media_dir=sys.argv[1], overwrite_cache=True)
+words = ModelArguments(model_name_or_path="x"), data, Seq2SeqTrainingArguments(output_dir=sys.argv[2], use_cpu=True)
+entries = get_dataset_list(sys.argv[3:], sys.argv[1])
+told = {entry.dataset_name: list(_load_single_dataset(entry, *words)) for entry in entries}
+print(json.dumps(told))"""
+
+
+@pytest.mark.slow
+def test_llama_factory_itself_reads_the_same(tmp_path, docs):
+    from vlm_tutor.core import find_llamafactory
+    command = find_llamafactory()
+    if not command: pytest.skip("LLaMA-Factory is not installed: vlm doctor --install llamafactory")
+    out = tmp_path / "out"
+    save_cord_dataset_in_sharegpt_format(out, make_cord(tmp_path / "cord"))
+    write_split(out, "sys", "train", [Example("s", docs[0].images * 2, "Read.", "4", {"a": 1}, "Be exact."), docs[1]])
+    words = [str(Path(command).parent / "python"), "-c", READ_BY_FACTORY, str(out), str(tmp_path / "run"), "sys", "cord"]
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1")
+    done = subprocess.run(words, capture_output=True, text=True, env=clean | dict(HF_HOME=str(tmp_path / "home")))
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    for name, rows in told.items():
+        mine = load_examples(out, "train", name=name.removesuffix(".json"))
+        assert [(r["_system"], r["_prompt"][0]["content"], r["_response"][0]["content"], r["_images"]) for r in rows] == \
+            [(e.system, "<image>" * len(e.images) + e.prompt, e.target, list(map(str, e.images))) for e in mine]
+
+
+def test_images_are_shrunk_only_when_asked_and_only_when_too_large(tmp_path):
+    source = make_cord(tmp_path / "cord", train=3, shards=1)
+    large = tmp_path / "docs/large.jpg"
+    large.parent.mkdir()
+    Image.effect_noise((400, 300), 50).save(large)
+    large.with_suffix(".json").write_text("{}")
+    done = save_dataset_in_sharegpt_format(tmp_path / "a", large.parent, max_pixels=12_000)
+    image, = (tmp_path / "a/images").iterdir()
+    assert done["splits"][0]["state"] == "new" and Image.open(image).size == (126, 94)
+    assert save_dataset_in_sharegpt_format(tmp_path / "a", large.parent, max_pixels=12_000)["splits"][0]["state"] == \
+        "unchanged"
+    save_dataset_in_sharegpt_format(tmp_path / "b", source, max_pixels=48 * 36)
+    assert [e.image.read_bytes() for e in load_examples(tmp_path / "b")] == [page(i) for i in range(3)]
+    save_dataset_in_sharegpt_format(tmp_path / "c", source, max_pixels=48 * 36 - 1)
+    assert len(list((tmp_path / "c/images").iterdir())) == 3, "the large ones are not kept"
+    with pytest.raises(VlmError, match="max_pixels is 0"): save_dataset_in_sharegpt_format("x", source, max_pixels=0)
+
+
+def test_the_schema_lies_beside_the_data(tmp_path):
+    from vlm_tutor.sources import find_schema
+    source = make_cord(tmp_path / "cord")
+    save_dataset_in_sharegpt_format(tmp_path / "a", source, schema="infer")
+    found = find_schema(tmp_path / "a")
+    assert found.name == "cord" and found.prompt == load_examples(tmp_path / "a")[0].prompt
+    assert found.fields == ("menu.nm", "menu.cnt", "menu.price", "menu.sub.nm", "sub_total.subtotal_price",
+                            "total.total_price")
+    assert all(found.check(e.truth) == [] for e in load_examples(tmp_path / "a"))
+    save_cord_dataset_in_sharegpt_format(tmp_path / "b", source)
+    assert find_schema(tmp_path / "b") == CORD_SCHEMA
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("call, problem", [
     (dict(source=None), "no source given. Accepted: 'synthetic'"),
@@ -267,7 +514,7 @@ write_split({str(tmp_path / 'out')!r}, 'd', 'train', half(), force=True)"""
     (dict(source="synthetic", name="my set"), "'my set' cannot name a data set"),
     (dict(source="synthetic", name="cord_test"), "'cord_test' cannot name a data set"),
     (dict(source="synthetic", level=9), "level 9"),
-    (dict(source="synthetic", schema="crod"), "unknown schema 'crod'. Allowed: cord. Did you mean 'cord'?"),
+    (dict(source="synthetic", schema="crod"), "unknown schema 'crod'. Allowed: cord, sroie, a JSON"),
     (dict(source="nowhere"), "no folder or file 'nowhere'")])
 def test_a_wrong_argument_is_refused_before_anything_is_written(tmp_path, call, problem):
     with pytest.raises(VlmError) as error: save_dataset_in_sharegpt_format(str(tmp_path / "out"), **call)

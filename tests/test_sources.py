@@ -221,7 +221,8 @@ def bad_source(folder, what):
     if what == "empty": (folder / "empty").mkdir()
     if what == "info": (folder / "empty").mkdir(), (folder / "empty/dataset_info.json").write_text("{}")
     if what == "no rows": (folder / "r.json").write_text("[]")
-    if what == "csv": (folder / "r.csv").write_text("a,b")
+    if what == "csv": (folder / "r.csv").write_text("a,b\n1,2\n")
+    if what == "xlsx": (folder / "r.xlsx").write_text("a,b")
     if what == "text": (folder / "r.jsonl").write_text("image: a.png")
     if what == "broken": (docs / "a.png").write_bytes((docs / "a.png").read_bytes()[:300])
     if what == "no answer": (docs / "a.json").unlink()
@@ -241,7 +242,8 @@ BAD_SOURCES = [
     ("empty", ["show", "empty"], "'empty' is an empty data set"),
     ("info", ["show", "empty"], "'empty' is an empty data set"),
     ("no rows", ["show", "r.json"], "'r.json' is an empty data set"),
-    ("csv", ["show", "r.csv"], "cannot read 'r.csv' as a data set"),
+    ("xlsx", ["show", "r.xlsx"], "cannot read 'r.xlsx' as a data set. Accepted: 'synthetic'"),
+    ("csv", ["show", "r.csv"], "row 1 of 'r.csv' has no image"),
     ("text", ["show", "r.jsonl"], "line 1 of 'r.jsonl' is not JSON"),
     ("broken", ["show", "docs"], "example 'a': cannot read image 'docs/a.png'"),
     ("no answer", ["show", "docs"], "image 'docs/a.png' has no answer"),
@@ -249,7 +251,7 @@ BAD_SOURCES = [
     ("bad json", ["show", "docs"], "'docs/a.json' is not JSON"),
     ("prose", [*SAVE, "r.jsonl"], "the answer of example 'k' is not JSON: 'Total: 4.50'"),
     ("alien", [*SAVE, "docs"], "the answer of example 'a' does not fit schema 'cord': unknown field 'sum'"),
-    ("", [*SAVE, "hub"], "no folder or file 'hub', and nothing is fetched from the hub. Accepted: 'synthetic'"),
+    ("", ["show", "hub"], "'hub' names no data set. Allowed: hub:cord, hub:sroie, hub:OWNER/NAME."),
 ]
 
 

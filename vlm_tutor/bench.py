@@ -7,12 +7,12 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/bench.html.md"""
 # %% auto #0
 __all__ = ['SETTINGS', 'ENGINE', 'EXPERIMENT', 'CHOICES', 'WORK_KEYS', 'JOB_KEYS', 'AXES', 'RESULTS', 'experiments', 'checked',
            'find_experiment', 'load_experiment', 'point_name', 'all_points', 'scaled_config', 'small_config',
-           'random_word', 'draw_page', 'random_answer', 'make_work', 'engine_python', 'make_job', 'own_config',
-           'worker_environment', 'run_worker', 'check_losses', 'check_answers', 'code_hash', 'plan_runs', 'run_key',
-           'one_run', 'said', 'run_point', 'coverage', 'middle', 'cost', 'steps_per_epoch', 'figures', 'engine_record',
-           'ratios', 'better', 'point_record', 'fit_law', 'law_value', 'amount', 'laws', 'bench_record', 'spread',
-           'engine_rows', 'law_rows', 'show_bench', 'plot_ratios', 'plot_laws', 'result_file', 'check_device', 'bench',
-           'show_recorded']
+           'random_word', 'draw_page', 'random_answer', 'make_work', 'photo', 'make_table', 'engine_python', 'make_job',
+           'own_config', 'worker_environment', 'run_worker', 'check_losses', 'check_answers', 'check_saved',
+           'code_hash', 'plan_runs', 'run_key', 'one_run', 'said', 'run_point', 'coverage', 'middle', 'cost',
+           'steps_per_epoch', 'figures', 'engine_record', 'ratios', 'better', 'point_record', 'fit_law', 'law_value',
+           'amount', 'laws', 'bench_record', 'spread', 'engine_rows', 'law_rows', 'show_bench', 'plot_ratios',
+           'plot_laws', 'result_file', 'check_device', 'bench', 'show_recorded']
 
 # %% ../nbs/25_bench.ipynb #5d9adc85
 import json, math, os, random, shutil, statistics, subprocess, sys, time
@@ -33,8 +33,8 @@ SETTINGS = dict(model='scaled-2b', data=None, vocabulary=9496, rows=16, image=[4
                 check_accumulation=None, tolerance=1e-4)
 ENGINE = dict(worker='plain', peer=None, checkpointing=None, settings={})
 EXPERIMENT = dict(task='train', device='cpu', engines={}, base={}, points={}, vary={}, report_epochs=[], targets={})
-CHOICES = dict(task=['train', 'predict'], device=['cpu', 'cuda'], dtype=['float32', 'bfloat16'],
-               worker=['ours', 'plain', 'sft', 'factory'], checkpointing=[None, True, False])
+CHOICES = dict(task=['train', 'predict', 'save'], device=['cpu', 'cuda'], dtype=['float32', 'bfloat16'],
+               worker=['ours', 'plain', 'sft', 'factory', 'save', 'resave'], checkpointing=[None, True, False])
 
 def experiments() -> dict:  # name: path
     "The experiments that ship with the package"
@@ -263,6 +263,45 @@ def make_work(
     atomic_write(folder/'work.json', json.dumps(work, indent=1))
     return work
 
+# %% ../nbs/25_bench.ipynb #e5f45d8b
+def photo(
+    size: list,  # width and height in pixels
+    rng: random.Random,  # the generator
+) -> bytes:  # a PNG file
+    "A page full of words with the grain of a camera"
+    import io
+    from PIL import Image
+    grain, file = Image.frombytes('RGB', tuple(size), rng.randbytes(3*math.prod(size))), io.BytesIO()
+    Image.blend(draw_page(size, rng), grain, .12).save(file, 'PNG')
+    return file.getvalue()
+
+# %% ../nbs/25_bench.ipynb #db4488fa
+def _cord_rows(settings):
+    "Rows as CORD has them"
+    rng = random.Random(settings['seed'])
+    for i in range(settings['rows']):
+        items = [dict(nm=random_word(rng), price=f'{rng.randint(1, 99)},000') for _ in range(rng.randint(1, 9))]
+        yield dict(image=dict(bytes=photo(settings['image'], rng), path=f'receipt_{i:05}.png'),
+                   ground_truth=json.dumps(dict(gt_parse=dict(menu=items))))
+
+def make_table(
+    settings: dict,  # of a point
+    cache: str | Path,  # where work is kept
+) -> dict:  # folder, and megabytes of an image
+    "A data set in one parquet file, as the hub has CORD; made once"
+    from datasets import Dataset, Features, Image, Value, disable_progress_bars
+    disable_progress_bars()
+    wanted = {key: settings[key] for key in ('rows', 'image', 'seed')} | dict(split='table')
+    folder = Path(cache).resolve()/content_hash(json_line(wanted).encode())
+    if (folder/'work.json').exists(): return read_json_file(folder/'work.json')
+    rows, columns = list(_cord_rows(settings)), Features(image=Image(), ground_truth=Value('string'))
+    (folder/'data').mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows, features=columns).to_parquet(folder/'data'/'train-00000-of-00001.parquet')
+    work = dict(model='', data=str(folder), dataset='bench', adapter='', tokens={},
+                image_mb=sum(len(row['image']['bytes']) for row in rows)/len(rows)/1e6)
+    atomic_write(folder/'work.json', json.dumps(work, indent=1))
+    return work
+
 # %% ../nbs/25_bench.ipynb #94fda678
 def engine_python(
     engine: dict,  # one of an experiment's engines
@@ -283,7 +322,7 @@ def make_job(
 ) -> dict:  # everything a worker must know, except where it may write
     "One run of one engine"
     about, check = experiment['engines'][engine], phase == 'check'
-    longest = max(work['tokens']['answer'])
+    longest = max(work['tokens'].get('answer', [0]))
     job = {key: settings[key] for key in JOB_KEYS} | {key: experiment[key] for key in ('task', 'device')}
     job |= {key: work[key] for key in ('model', 'data', 'dataset', 'adapter')}
     job |= {key: about[key] for key in ('worker', 'checkpointing', 'settings')}
@@ -319,7 +358,7 @@ def worker_environment(
                   HF_DATASETS_CACHE=str(folder/'cache'))
     if Path(job['model']).is_dir(): found |= dict(HF_HUB_OFFLINE='1')
     if job['device'] == 'cpu': found |= dict(CUDA_VISIBLE_DEVICES='')
-    if job['worker'] == 'ours': found |= dict(PYTHONPATH=str(PACKAGE.parent))
+    if job['worker'] in ('ours', 'save'): found |= dict(PYTHONPATH=str(PACKAGE.parent))
     return found
 
 # %% ../nbs/25_bench.ipynb #61a1430c
@@ -377,6 +416,16 @@ def check_answers(
             raise VlmError(f"'{name}' and '{first}' give the same answer to {found:.0%} of the rows",
                            remedy=f'At least {share:.0%} must be equal')
     return min(equal)
+
+# %% ../nbs/25_bench.ipynb #b725da3c
+def check_saved(
+    lines: list,  # a checked run of every engine, with answers and pixels of all rows; ours first
+) -> float:  # the share of equal rows: 1
+    "Refuse engines that do not save the same"
+    for what in ('answers', 'pixels'):
+        told = {line['engine']: line[what] for line in lines if line[what]}
+        if len(told) > 1: check_answers(told, share=1)
+    return 1.
 
 # %% ../nbs/25_bench.ipynb #27fd0afb
 def code_hash() -> str:  # 16 hex digits
@@ -436,7 +485,8 @@ def run_point(
 ) -> dict:  # work, largest difference of the check, lines of the race
     "All runs of one point; the race begins when the check has passed"
     task, lines = experiment['task'], {'check': [], 'race': []}
-    work = make_work(settings, folders['work'], 'test' if task == 'predict' else 'train')
+    if task == 'save': work = make_table(settings, folders['work'])
+    else: work = make_work(settings, folders['work'], 'test' if task == 'predict' else 'train')
     for run in plan_runs(list(experiment['engines']), settings['repeats']):
         if run[0] == 'race' and not lines['race']: found = _check(task, lines['check'], settings)
         line = one_run(experiment, (name, settings, work), run, folders)
@@ -446,6 +496,7 @@ def run_point(
 
 def _check(task, lines, settings):
     "The check that suits the task"
+    if task == 'save': return check_saved(lines)
     if task == 'predict': return check_answers({line['engine']: line['answers'] for line in lines})
     return check_losses({line['engine']: line['losses'] for line in lines}, settings['tolerance'])
 
@@ -498,7 +549,7 @@ def figures(
     per_epoch = steps_per_epoch(settings)
     samples = min(settings['rows'], per_epoch*settings['batch']*settings['accumulation'])*epochs
     cpu, wall = ([cost(line, per_epoch, epochs, which) for line in lines] for which in (0, 1))
-    every, learned = (statistics.fmean(tokens[kind])*samples for kind in ('length', 'answer'))
+    every, learned = (statistics.fmean(tokens.get(kind) or [0])*samples for kind in ('length', 'answer'))
     return dict(cpu_seconds=middle(cpu), seconds=middle(wall), samples=samples,
                 samples_per_cpu_second=middle([samples/c for c in cpu]),
                 samples_per_second=middle([samples/w for w in wall]),
@@ -560,11 +611,13 @@ def point_record(
     report = sorted({*(experiment['report_epochs'] or [settings['epochs']])})
     lines = {name: [line for line in ran['lines'] if line['engine'] == name] for name in experiment['engines']}
     which, held = (0, 'rss') if experiment['device'] == 'cpu' else (1, 'gpu')
+    if experiment.get('task') == 'save': which = 1
     tokens, found = ran['work']['tokens'], ratios(lines, settings, report, which, held)
     return dict(settings=settings, tokens={key: sum(values)/len(values) for key, values in tokens.items()},
                 check=ran['check'], steps_per_epoch=steps_per_epoch(settings),
                 engines={name: engine_record(runs, settings, tokens, report) for name, runs in lines.items()},
-                ratios=found, better=better(experiment['engines'], found, report[-1]))
+                ratios=found, better=better(experiment['engines'], found, report[-1]),
+                **{key: ran['work'][key] for key in ('image_mb',) if key in ran['work']})
 
 # %% ../nbs/25_bench.ipynb #4bbe16f1
 def _line(xs, ys):
@@ -657,7 +710,7 @@ def engine_rows(
     "The table of one point"
     at, held = record['points'][point], 'rss' if record['device'] == 'cpu' else 'gpu'
     rate, unit = dict(cpu=('samples_per_cpu_second', 'samples/CPU-s'), cuda=('samples_per_second', 'samples/s'))[
-        record['device']]
+        record['device']] if record['task'] != 'save' else ('samples_per_second', 'rows/s')
     aims, rows = record['targets'].get(point, {}), []
     for name, engine in at['engines'].items():
         lengths, last = list(engine['epochs']), list(engine['epochs'].values())[-1]
@@ -667,7 +720,8 @@ def engine_rows(
         row |= {'peak MiB': f"{engine['peak_mib'][held]['median']:.0f}",
                 'start s': f"{engine['startup_seconds']['median']:.1f}"}
         found = at['ratios'].get(name)
-        row |= {f'times, {n} ep.': spread(found['speed'][n]) if found else '' for n in lengths}
+        times = 'times' if record['task'] == 'save' else 'times, {} ep.'
+        row |= {times.format(n): spread(found['speed'][n]) if found else '' for n in lengths}
         row |= {'of memory': f"{found['memory']['median']:.2f}" if found else ''}
         row |= {'aim': _aim(aims, name, found['speed'][lengths[-1]]) if found else ''} if aims else {}
         rows.append(row)
@@ -678,6 +732,9 @@ def _head(record, name):
     "What stands above the table of a point"
     at = record['points'][name]
     tokens, settings = at['tokens'], at['settings']
+    if record['task'] == 'save':
+        return (f"{name}: {settings['rows']} rows with an image of {' × '.join(map(str, settings['image']))} pixels, "
+                f"{at['image_mb']:.2f} MB each; the same answers, and the same pixels where nothing is lost")
     said = 'answers equal: {:.0%}' if record['task'] == 'predict' else 'losses equal to {:.1e}'
     return (f"{name}: {settings['rows']} rows of {tokens['length']:.0f} tokens ({tokens['image']:.0f} image, "
             f"{tokens['answer']:.0f} answer), batch {settings['batch']} × {settings['accumulation']}, "
@@ -747,7 +804,8 @@ def plot_ratios(
     for ax, (name, at) in zip(figure.subplots(len(points), squeeze=False)[:, 0], points.items()):
         _draw_ratios(ax, at, COLOURS['finetuned-model'])
         length = list(at['engines']['ours']['epochs'])[-1]
-        ax.set_title(f'{name}: how many times faster over {length} epochs?', fontsize=9, loc='left')
+        over = '' if record['task'] == 'save' else f' over {length} epochs'
+        ax.set_title(f'{name}: how many times faster{over}?', fontsize=9, loc='left')
         ax.spines[['top', 'right']].set_visible(False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

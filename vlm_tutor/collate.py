@@ -60,7 +60,9 @@ def question(self: Preprocess,
 ) -> str: # the chat up to where the answer begins
     "The example's prompt in the model's chat template, images first"
     content = [*({'type': 'image'} for _ in example.images), {'type': 'text', 'text': example.prompt}]
-    return self.processor.apply_chat_template([{'role': 'user', 'content': content}], add_generation_prompt=True)
+    system = [{'role': 'system', 'content': [{'type': 'text', 'text': example.system}]}]*bool(example.system)
+    chat = [*system, {'role': 'user', 'content': content}]
+    return self.processor.apply_chat_template(chat, add_generation_prompt=True)
 
 @patch
 def answer_ids(self: Preprocess,

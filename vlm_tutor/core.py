@@ -64,6 +64,7 @@ class Example:
     prompt: str # the question, without image placeholders
     target: str = '' # the exact answer text; empty when there is none
     meta: dict = field(default_factory=dict) # anything else known about it, such as its layout
+    system: str = '' # a system prompt; empty for the model's own
 
 # %% ../nbs/00_core.ipynb #1f2cb23e
 @patch(as_prop=True)

@@ -114,11 +114,12 @@ def write_rows(
         images = [ready_image(path, preprocess, Path(folder)/'images') for path in example.images]
         records.append(sharegpt_record(example, images))
     atomic_write(Path(folder)/f'{name}.json', json.dumps(records, ensure_ascii=False))
-    set_entries(Path(folder)/'dataset_info.json', {name: dataset_entry(f'{name}.json')}, force=True)
+    entry = dataset_entry(f'{name}.json', system=any(example.system for example in examples))
+    set_entries(Path(folder)/'dataset_info.json', {name: entry}, force=True)
 
 def _check_text(example):
     "Refuse a text with a placeholder in it"
-    found = next((mark for mark in PLACEHOLDERS if mark in example.prompt + example.target), None)
+    found = next((mark for mark in PLACEHOLDERS if mark in example.system + example.prompt + example.target), None)
     if found: raise VlmError(f"'{found}' stands in the text of row '{example.id}', where LLaMA-Factory looks for a "
                              'picture', remedy='Take it out of the row, or train with --engine native')
 

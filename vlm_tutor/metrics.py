@@ -19,6 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import Result, RunFolder, VlmError, atomic_write, md_table, nearest, read_jsonl, table
+from .examples import find_schema, saved_schema
 
 # %% ../nbs/11_metrics.ipynb #2af95814
 def _inside(value):
@@ -553,10 +554,11 @@ def bootstrap_difference(
 # %% ../nbs/11_metrics.ipynb #2ec06b5d
 class _Receipts:
     "Numbers of every receipt: values right, predicted and true by field; accuracy, exactness, validity"
-    def __init__(self, texts, truths, repair):
+    def __init__(self, texts, truths, repair, schema=None):
         preds = [read_json(text, repair) for text in texts]
         pairs = [(Counter(flatten(pred)), Counter(flatten(truth))) for pred, truth in zip(preds, truths)]
         self.fields = list(dict.fromkeys(path for _, truth in pairs for path, _ in truth))
+        if schema: self.fields.sort(key=lambda path: [*schema.fields, path].index(path))
         self.counts = np.zeros((3, len(pairs), len(self.fields) + 1), int) # the last column: fields no truth has
         place = {path: i for i, path in enumerate(self.fields)}
         for row, (pred, truth) in enumerate(pairs):
@@ -566,6 +568,7 @@ class _Receipts:
             nted_accuracy=np.array([nted_accuracy(*pair) for pair in zip(preds, truths)]),
             exact_match=np.array([exact_match(*pair) for pair in zip(preds, truths)], float),
             valid_json=np.array([pred is not None for pred in preds], float))
+        if schema: self.per_receipt['fits_schema'] = np.array([not schema.check(pred) for pred in preds], float)
 
 # %% ../nbs/11_metrics.ipynb #5cc96860
 @patch
@@ -605,10 +608,11 @@ def score(
     truths: list, # the parsed truths, in the same order
     subsets: dict|None = None, # name: a label for each document, to score apart
     seed: int = 0, # of the bootstrap
+    schema = None, # a `Schema`: gives the order of fields, and the share of answers that fit it
 ) -> dict: # scores, fields, intervals
     "All scores of a set of answers, as they were written (`…_strict`) and with repair"
     _check_pairs(texts, truths)
-    strict, repaired = (_Receipts(texts, truths, repair) for repair in (False, True))
+    strict, repaired = (_Receipts(texts, truths, repair, schema) for repair in (False, True))
     apart = {name: {label: [i for i, other in enumerate(labels) if other == label] for label in sorted(set(labels))}
              for name, labels in (subsets or {}).items()}
     one = lambda chosen: _summary(strict, repaired, np.array(chosen), seed)
@@ -644,10 +648,23 @@ def _true(row):
         raise VlmError(f"the prediction for '{row.get('id')}' has no truth that is JSON: {row.get('truth')!r}"[:200],
                        remedy='Mend the data set and predict again') from None
 
+def _data_set(run):
+    "Folder and name of a run's data set"
+    config = RunFolder(run).config()
+    return Path(config.get('dataset_dir') or 'data'), config.get('dataset')
+
+def _own_schema(run):
+    "The schema that a run's data set was saved with, or None"
+    folder, name = _data_set(run)
+    return saved_schema(folder, name) if name else None
+
+# %% ../nbs/11_metrics.ipynb #66b24772
 def _labels(run, rows, split):
     "For each subset the label of every row, where all rows have one"
-    notes = Path(RunFolder(run).config().get('dataset_dir') or 'data')/'meta.jsonl'
-    known = {row.get('id'): row for row in read_jsonl(notes) if row.get('split') == split} if notes.exists() else {}
+    notes, name = _data_set(run)
+    notes /= 'meta.jsonl'
+    own = lambda row: row.get('split') == split and row.get('data_set', name) == (name or row.get('data_set'))
+    known = {row.get('id'): row for row in read_jsonl(notes) if own(row)} if notes.exists() else {}
     strange = [row['id'] for row in rows if known and row['id'] not in known]
     if strange:
         raise VlmError(f"the predictions hold '{strange[0]}', which is not in split '{split}' of '{notes.parent}'",
@@ -657,13 +674,14 @@ def _labels(run, rows, split):
             for name in SUBSETS if all(name in fact for fact in facts)}
 
 # %% ../nbs/11_metrics.ipynb #2b5a6041
-_SHOWN = dict(field_f1='field F1', nted_accuracy='nTED accuracy', exact_match='exact match', valid_json='valid JSON')
+_SHOWN = dict(field_f1='field F1', nted_accuracy='nTED accuracy', exact_match='exact match', valid_json='valid JSON',
+              fits_schema='fits the schema')
 
 def _score_rows(scores):
     "One row a score: with repair and its interval, and as written"
     one = lambda name: f'{scores[name]:.3f} [{scores["ci"][name][0]:.3f}, {scores["ci"][name][1]:.3f}]'
     return [{'score': label, 'with repair': one(name), 'as written': one(f'{name}_strict')}
-            for name, label in _SHOWN.items()]
+            for name, label in _SHOWN.items() if name in scores]
 
 def _field_rows(scores):
     "One row a field of the truth"
@@ -676,13 +694,14 @@ def evaluate(
     run: str|Path, # a run folder with predictions
     group: str = 'finetuned-model', # which predictions: vanilla-model, finetuned-model or a name of yours
     split: str = 'test', # train, validation or test
+    schema: str|None = None, # what an answer may hold; the data set's own when left out
 ) -> Result: # scores, fields, intervals
     "Score the predictions of one group, field by field, with intervals"
-    rows = read_predictions(run, group, split)
+    rows, schema = read_predictions(run, group, split), find_schema(schema) or _own_schema(run)
     texts = [None if row.get('error') else row.get('raw') for row in rows]
     scores = dict(group=group, split=split, failed=sum(bool(row.get('error')) for row in rows),
                   seconds=sum(row.get('seconds') or 0 for row in rows))
-    scores |= score(texts, [_true(row) for row in rows], _labels(run, rows, split))
+    scores |= score(texts, [_true(row) for row in rows], _labels(run, rows, split), schema=schema)
     path = atomic_write(RunFolder(run).metrics(group), json.dumps(scores, indent=1) + '\n')
     head = f"{group} on {split}: {scores['n']} documents, {scores['failed']} failed calls, {scores['seconds']:.0f} s"
     tables = _score_rows(scores), _field_rows(scores)

@@ -18,7 +18,7 @@ from pathlib import Path
 from .config import check_kernels, choose_rows, cpu_has_bf16, load_config
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, check_choice, content_hash,
                             read_json_file, read_jsonl, say, write_jsonl)
-from .sources import SPLITS, load_examples
+from .sources import SPLITS, find_schema, load_examples
 
 # %% ../nbs/17_predict.ipynb #14a431c9
 def split_examples(
@@ -224,12 +224,11 @@ def asks_for_json(
 
 # %% ../nbs/17_predict.ipynb #6ad59f34
 def read_schema(
-    path: str|None, # a JSON Schema file
-) -> dict|None: # the schema
-    "A JSON Schema from a file, and whether xgrammar is there to use it"
+    path: str|None, # a JSON Schema file, a data set saved with a schema, or a name such as cord
+) -> dict|None: # a JSON Schema
+    "A JSON Schema, and whether xgrammar is there to use it"
     if path is None: return None
-    schema = read_json_file(path)
-    if not isinstance(schema, dict): raise VlmError(f"'{path}' is no JSON Schema: it holds no object")
+    schema = find_schema(path).json_schema
     if not find_spec('xgrammar'):
         raise VlmError('answers are held to a schema by xgrammar, which is not installed',
                        remedy='pip install "vlm_tutor[schema]"')
@@ -308,7 +307,7 @@ def what_changed(
     if row['split'] != now['split']: return None
     if row['decoding'] != now['decoding']: return 'decoding'
     if example is None: return None
-    if row['prompt'] != example.prompt: return 'prompt'
+    if (row['prompt'], row.get('system', '')) != (example.prompt, example.system): return 'prompt'
     return 'image' if row['image'] != image_hash(example) else None
 
 # %% ../nbs/17_predict.ipynb #7c06fe41
@@ -358,7 +357,8 @@ def _predict_rows(path, now, todo, model, preprocess, batch_size, features, sche
         answers = answer_batch(model, preprocess, batch, **keys)
         seconds = (time.perf_counter() - began)/len(batch)
         for example, (raw, error) in zip(batch, answers):
-            append_jsonl(path, dict(id=example.id, raw=raw, seconds=round(seconds, 4), **now, prompt=example.prompt,
+            asked = dict(prompt=example.prompt) | ({'system': example.system} if example.system else {})
+            append_jsonl(path, dict(id=example.id, raw=raw, seconds=round(seconds, 4), **now, **asked,
                                     truth=example.target, image=image_hash(example), error=error))
         bar.update(len(batch))
     bar.close()
@@ -416,7 +416,7 @@ def predict(
     n: int|None = None, # only the first so many rows
     batch_size: int|None = None, # rows at once; per_device_eval_batch_size when missing
     adapter: str|None = None, # an adapter's folder, for a name of your own
-    schema: str|None = None, # a JSON Schema file that answers are held to (pip install "vlm_tutor[schema]")
+    schema: str|None = None, # cord, or a JSON Schema file, that answers are held to (pip install "vlm_tutor[schema]")
     device: str = 'auto', # auto, cpu or cuda
 ) -> Result: # counts, seconds and the file; of the last group when there are several
     "Write down what a model answers on a split; a second call goes on where the first stopped"

@@ -6,8 +6,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/receipts.html.md"""
 
 # %% auto #0
 __all__ = ['CORD_PROMPT', 'CORD_KEYS', 'CORD_FIELDS', 'CORD_SCHEMA', 'WORDS', 'FONTS', 'LAYOUTS', 'HELD_OUT_LAYOUT', 'LEVELS',
-           'LABELS', 'SPLITS', 'Schema', 'word_is_held_out', 'random_word', 'random_name', 'load_font', 'Style',
-           'draw_page', 'random_style', 'Receipt', 'make_receipt', 'make_split_receipt', 'make_examples', 'synth']
+           'LABELS', 'SPLITS', 'word_is_held_out', 'random_word', 'random_name', 'load_font', 'Style', 'draw_page',
+           'random_style', 'Receipt', 'make_receipt', 'make_split_receipt', 'make_examples', 'synth']
 
 # %% ../nbs/05_receipts.ipynb #25be6a34
 import hashlib, io, json, random
@@ -17,38 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from .core import Example, Result, VlmError, atomic_write, progress
-
-# %% ../nbs/05_receipts.ipynb #2f4304d9
-@dataclass(frozen=True)
-class Schema:
-    "What an answer may hold: its fields as dotted paths, and the prompt that asks for them."
-    name: str  # short name, such as "cord"
-    fields: tuple  # dotted paths without list positions, such as "menu.price"
-    prompt: str  # the question put to the model, without image placeholder
-
-    def check(self, obj) -> list:
-        "What is wrong with `obj` as an answer: a list of sentences, empty when nothing is."
-        if not isinstance(obj, dict): return [f"the answer is a {type(obj).__name__}, not an object"]
-        known = {p for f in self.fields for p in (f, *_parents(f))}
-        return [f"unknown field '{p}'" for p in dict.fromkeys(_paths(obj)) if p not in known]
-
-def _parents(path):
-    parts = path.split('.')
-    return ['.'.join(parts[:i]) for i in range(1, len(parts))]
-
-def _paths(obj, at=''):
-    if isinstance(obj, list):
-        for o in obj: yield from _paths(o, at)
-    elif isinstance(obj, dict):
-        for k, v in obj.items():
-            path = f'{at}.{k}' if at else str(k)
-            yield path
-            yield from _paths(v, path)
+from .schema import Schema
 
 # %% ../nbs/05_receipts.ipynb #6ccb6b5e
 CORD_PROMPT = 'Extract the receipt as JSON with menu (nm, cnt, unitprice, price), sub_total and total.'
 CORD_KEYS = dict(
-    menu='nm num unitprice cnt discountprice price itemsubtotal vatyn etc '
+    menu='nm num cnt unitprice discountprice price itemsubtotal vatyn etc '
          'sub.nm sub.num sub.unitprice sub.cnt sub.discountprice sub.price sub.etc',
     void_menu='nm num unitprice cnt price etc',
     sub_total='subtotal_price discount_price service_price othersvc_price tax_price etc',

@@ -29,7 +29,10 @@ def forget_peak():
 
 def cpu_seconds():
     "Processor time of this process, all its threads and its finished children"
-    return sum(os.times()[:4])
+    try: import resource
+    except ImportError: return sum(os.times()[:4]) # in steps of 10 ms
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 class Meter:
@@ -42,10 +45,11 @@ class Meter:
 
     def start(self):
         "Everything is imported: begin to count"
-        import torch
-        torch.set_num_threads(self.job['threads'])
-        self.gpu = self.job['device'] == 'cuda'
-        if self.gpu: torch.zeros(1, device='cuda'), torch.cuda.reset_peak_memory_stats()
+        self.gpu, self.total = self.job['device'] == 'cuda', None
+        if self.job['task'] != 'save':
+            import torch
+            torch.set_num_threads(self.job['threads'])
+            if self.gpu: torch.zeros(1, device='cuda'), torch.cuda.reset_peak_memory_stats()
         forget_peak()
         self.imports, self.held = time.time() - self.job['began'], status('VmRSS') or peak()
         self.cpu, self.wall = cpu_seconds(), time.perf_counter()
@@ -64,10 +68,14 @@ class Meter:
                 if 'loss' in (logs or {}): meter.losses.append(float(logs['loss']))
         trainer.DEFAULT_CALLBACKS.append(Notes())
 
+    def stop(self):
+        "What follows does not count"
+        self.total, self.memory = self.now(), dict(rss=round(peak() - self.held, 1))
+
     def finish(self, **facts):
         "Stop counting and hand in the one line"
-        total = self.now()
-        memory = dict(rss=round(peak() - self.held, 1))
+        if self.total is None: self.stop()
+        total, memory = self.total, self.memory
         if self.gpu:
             import torch
             memory['gpu'] = round(torch.cuda.max_memory_allocated()/2**20, 1)
