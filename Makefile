@@ -44,7 +44,7 @@ test: notebooks
 	OMP_NUM_THREADS=1 python -m pytest
 
 test-all: test
-	OMP_NUM_THREADS=1 python -m pytest -m slow
+	OMP_NUM_THREADS=1 python -m pytest -m slow -rs
 
 docs: .venv/installed
 	@command -v quarto >/dev/null || echo 'Without Quarto the pages are checked, not built: https://quarto.org/docs/get-started/'

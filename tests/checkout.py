@@ -49,6 +49,11 @@ def chapters():
     return sorted(NBS.glob("[0-9][0-9]*_*.ipynb"), key=lambda p: number(p.stem))
 
 
+def pages():
+    "Paths of all notebooks of the site: index, chapters, recipes"
+    return sorted(p for folder in (NBS, NBS / "recipes") for p in folder.glob("[0-9a-z]*.ipynb"))
+
+
 def number(stem):
     "`12a_pretrain` as a sort key, (12, 'a')"
     digits, letter = re.match(r"(\d+)([a-z]?)_", stem).groups()

@@ -2,7 +2,7 @@
 import json, re, subprocess, sys
 
 import pytest
-from checkout import PACKAGE, ROOT
+from checkout import PACKAGE
 
 from vlm_tutor import bench as b
 from vlm_tutor.core import VlmError, read_jsonl, read_yaml, write_yaml
@@ -27,7 +27,7 @@ def test_shipped_experiments_are_whole(name):
 
 
 def test_the_experiments_of_the_house_are_there():
-    wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "cord_gpu", "predict", "mini"}
+    wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "rows", "cord_gpu", "predict", "mini"}
     assert set(b.experiments()) == wanted
 
 
@@ -102,7 +102,7 @@ def test_cost_of_more_and_fewer_epochs_than_ran():
 
 
 def test_figures_by_hand():
-    settings, tokens = dict(rows=4, batch=2, accumulation=2), dict(length=[500, 600, 500, 600], answer=[100]*4)
+    settings, tokens = dict(rows=4, batch=2, accumulation=2, steps=0), dict(length=[500, 600, 500, 600], answer=[100]*4)
     found = b.figures([run(4., 8., steps=1), run(2., 8., steps=1), run(8., 8., steps=1)], settings, tokens, 1)
     assert found["cpu_seconds"]["median"] == 4 and found["samples"] == 4
     assert [found["samples_per_cpu_second"][k] for k in ("low", "median", "high")] == [.5, 1, 2]
@@ -111,7 +111,7 @@ def test_figures_by_hand():
 
 
 def test_ratios_pair_neighbours_and_count_the_better_setting():
-    settings = dict(rows=4, batch=2, accumulation=2)
+    settings = dict(rows=4, batch=2, accumulation=2, steps=0)
     lines = dict(ours=[run(1., rss=50.), run(2., rss=50.), run(4., rss=50.)],
                  slow=[run(6., rss=80.), run(12., rss=80.), run(24., rss=80.)],
                  quick=[run(3., rss=100.), run(6., rss=100.), run(8., rss=100.)])
@@ -169,6 +169,7 @@ def fake(tmp_path, monkeypatch):
         return run(speed[job["worker"], job["checkpointing"]], losses=fake.losses.get(job["worker"], [3., 2.]))
     fake = type("Fake", (), dict(asked=asked, stop_at=None, losses={}))
     monkeypatch.setattr(b, "run_worker", worker)
+    monkeypatch.setenv("VLM_VENVS", "venvs")
     monkeypatch.setattr(b, "make_venv", lambda peer, folder: f"{folder}/{peer}/python")
     return fake
 
@@ -180,7 +181,7 @@ def test_engines_take_turns_after_the_check(fake):
     record = b.bench("small.yaml")
     turn = [("ours", None), ("sft", None), ("sft", False)]
     assert order(fake.asked) == [(True, *e) for e in turn] + 2*[(False, *e) for e in turn]
-    assert fake.asked[1]["python"] == ".bench/venvs/trl/python" and fake.asked[0]["python"] == sys.executable
+    assert fake.asked[1]["python"] == "venvs/trl/python" and fake.asked[0]["python"] == sys.executable
     assert fake.asked[0]["max_steps"] == 2 and fake.asked[-1]["max_steps"] == -1
     at = record["points"]["base"]
     assert at["better"] == dict(trl="other") and at["ratios"]["other"]["speed"]["1"]["median"] == 3
@@ -260,31 +261,6 @@ def test_a_failing_worker_is_one_sentence(tmp_path):
     assert read_yaml(tmp_path/"run/config.yaml")["adapter_name_or_path"] == "a"
 
 
-def test_an_environment_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(b.PEERS, "trl", [["--no-index", "no-such-package-here==0.0"]])
-    with pytest.raises(VlmError, match="cannot make the environment of 'trl'.*the same command again"):
-        b.make_venv("trl", tmp_path)
-    assert not (tmp_path/"trl/installed.json").exists()
-
-
-def test_a_made_environment_is_kept_until_its_list_changes(tmp_path, monkeypatch):
-    monkeypatch.setitem(b.PEERS, "trl", [])
-    made = b.make_venv("trl", tmp_path)
-    (tmp_path/"trl/mark").touch()
-    assert b.make_venv("trl", tmp_path) == made and (tmp_path/"trl/mark").exists()
-    monkeypatch.setitem(b.PEERS, "trl", [["--version"]])
-    with pytest.raises(VlmError): b.make_venv("trl", tmp_path)
-    assert not (tmp_path/"trl/mark").exists()
-
-
-def test_peers_are_pinned_where_it_matters():
-    for steps in b.PEERS.values():
-        words = [word for step in steps for word in step]
-        assert steps[0] == ["torch==2.13.0"], "torch first, so that nothing later chooses a build of it"
-        for name in ("transformers", "peft", "accelerate", "datasets", "trl"):
-            assert any(re.fullmatch(rf"{name}==[\d.]+", word) for word in words)
-
-
 def test_work_is_made_once_and_is_the_same_again(tmp_path):
     settings = b.SETTINGS | dict(model="embedded-size", vocabulary=320, rows=2, image=[64, 96], answer_tokens=20)
     one, two = b.make_work(settings, tmp_path/"a"), b.make_work(settings, tmp_path/"b")
@@ -321,8 +297,7 @@ def test_a_real_bench_of_ours_and_a_plain_trainer(tmp_path):
 @pytest.mark.parametrize("name", ["vs_trl", "vs_llama_factory"])
 def test_peers_in_environments_of_their_own(tmp_path, name):
     write_yaml(tmp_path/"peer.yaml", read_yaml(b.experiments()[name]) | dict(points={}, targets={}, report_epochs=[]))
-    venvs = ROOT/".bench/venvs" # made once in a checkout; gigabytes
     small = ["model=embedded-size", "vocabulary=320", "image=[128, 192]", "rows=4", "answer_tokens=40", "epochs=1",
              "peer_epochs=1", "check_steps=2", "check_accumulation=1"]
-    at = b.bench(str(tmp_path/"peer.yaml"), repeats=1, work=str(tmp_path), venvs=str(venvs), overrides=small)["points"]
+    at = b.bench(str(tmp_path/"peer.yaml"), repeats=1, work=str(tmp_path), overrides=small)["points"]
     assert at["base"]["check"] <= 1e-4 and len(at["base"]["ratios"]) == 2

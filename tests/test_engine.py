@@ -6,9 +6,10 @@ import torch
 from transformers import get_scheduler
 
 from vlm_tutor.collate import image_size
-from vlm_tutor.config import load_config
+from vlm_tutor.config import check_kernels, load_config
 from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, read_jsonl, set_seed
 from vlm_tutor.engine import Engine, LeanLoss, PlainLoss, Visit, epoch_order, last_checkpoint, shard, step_rows
+from vlm_tutor.lean import attend
 from vlm_tutor.lora import build_adapter
 from vlm_tutor.predict import adapter_hash, load_run_model, split_examples
 from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
@@ -78,6 +79,36 @@ def test_every_switch_keeps_the_losses_of_plain_transformers(data, by_hand, tmp_
     train("tiny", overrides=options(data, tmp_path / "run", **{switch: switch in on for switch in SWITCHES}))
     assert losses(tmp_path / "run")[:3] == pytest.approx(by_hand[:3], rel=1e-4)
     assert losses(tmp_path / "run") == pytest.approx(by_hand, rel=2e-2)
+
+
+@pytest.mark.parametrize("change", [dict(flash_attn="sdpa"), dict(flash_attn="disabled"),
+                                    pytest.param(dict(torch_compile=True), marks=pytest.mark.slow)], ids=str)
+def test_every_kernel_keeps_the_losses_of_plain_transformers(data, by_hand, tmp_path, change):
+    train("tiny", overrides=options(data, tmp_path / "run", **change))
+    assert losses(tmp_path / "run")[:3] == pytest.approx(by_hand[:3], rel=1e-4)
+
+
+@pytest.mark.parametrize("key", ["flash_attn=fa2", "enable_liger_kernel=true"])
+def test_kernels_that_are_not_there_are_refused_before_the_model_is_loaded(key):
+    with pytest.raises(VlmError, match="needs a GPU"):
+        load_run_model(load_config("cord", [key, "model_name_or_path=no/where"]), device="cpu")
+    with pytest.raises(VlmError, match="pip install"): check_kernels(load_config("cord", [key]), "cuda")
+
+
+def test_attention_by_blocks_in_16_bits_is_as_exact_as_that_of_pytorch():
+    "Distance from the result in 64 bits, whatever the length of the row, for output and gradients"
+    for length in (1, 63, 130, 1100):
+        torch.manual_seed(length)
+        wide = [torch.randn(length, n, 64, dtype=torch.double, requires_grad=True) for n in (6, 2, 2)]
+        g = torch.randn(length, 6, 64, dtype=torch.double)
+        def results(kernel, dtype):
+            inputs = [t.detach().to(dtype).requires_grad_() for t in wide]
+            out = attend(*inputs, [length], kernel=kernel).view_as(g)
+            return [out, *torch.autograd.grad(out, inputs, g.to(dtype))]
+        true = results("sdpa", torch.double)
+        off = lambda kernel: [((a - b).norm() / b.norm().clamp(min=1)).item()
+                              for a, b in zip(results(kernel, torch.bfloat16), true)]
+        for ours, theirs in zip(off("disabled"), off("sdpa")): assert ours <= max(2*theirs, 8e-3)
 
 
 @pytest.mark.slow

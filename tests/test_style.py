@@ -7,6 +7,7 @@ from checkout import *
 LONG = {}  # "module.function": why it has more than 25 lines
 
 everywhere = pytest.mark.parametrize("path", chapters(), ids=lambda p: p.stem)
+recipes = pytest.mark.parametrize("path", sorted((NBS / "recipes").glob("*.ipynb")), ids=lambda p: p.stem)
 every_module = pytest.mark.parametrize("module", modules())
 
 
@@ -84,6 +85,19 @@ def test_exercises_have_folded_solutions(path):
     text = "\n".join(c.source for c in text_cells(path)).split("## Exercises")[1].split("## Next")[0]
     n = len(re.findall(r"(?m)^\*\*\d+\.", text))
     assert 2 <= n <= 3 and text.count("<details>") == text.count("</details>") == n
+
+
+@recipes
+def test_a_recipe_has_the_head_of_a_chapter_and_exports_nothing(path):
+    test_title_and_subtitle_come_first(path)
+    test_head_says_what_for_and_how_long(path)
+    test_badge_opens_this_notebook(path)
+    test_headings_stand_alone_and_not_deeper_than_h4(path)
+    test_a_text_cell_has_at_most_60_words(path)
+    test_no_exclamation_marks(path)
+    test_import_cells_hold_only_imports(path)
+    test_code_lines_have_at_most_120_columns(path)
+    assert not any(c.exports or "default_exp" in c.directives for c in notebook(path))
 
 
 # --- prose ------------------------------------------------------------------------------------------------------------
@@ -251,7 +265,7 @@ def test_test_lines_have_at_most_120_columns():
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("path", sorted(NBS.glob("[0-9a-z]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", pages(), ids=lambda p: p.stem)
 def test_outputs_are_stored_and_clean(path):
     ran = [c for c in code_cells(path) if c.runs]
     assert any(c.outputs for c in ran), "store the outputs: a reader sees them before running anything"
@@ -261,7 +275,7 @@ def test_outputs_are_stored_and_clean(path):
     assert "Warning:" not in text, "a stored warning"
 
 
-@pytest.mark.parametrize("path", sorted(NBS.glob("[0-9a-z]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", pages(), ids=lambda p: p.stem)
 def test_pictures_are_local(path):
     for c in text_cells(path):
         for url in re.findall(r"!\[[^\]]*\]\(([^)\s]+)", c.source):

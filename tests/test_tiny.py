@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLForConditionalGeneration
 from vlm_tutor.core import ASSETS, VlmError
 from vlm_tutor.receipts import make_receipt
-from vlm_tutor.tiny import TINY, ask, load_model, load_processor, resolve_model
+from vlm_tutor.tiny import (TINY, ask, common_form, head_places, load_model, load_processor, misread, resolve_model,
+                            save_common_form)
 
 FOLDER = ASSETS / TINY
 
@@ -79,3 +80,56 @@ def test_bad_names(name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a CUDA GPU is here')
 def test_cuda_asked_for_and_absent():
     with pytest.raises(VlmError, match='cuda'): load_model(TINY, 'cuda')
+
+
+# --- a form that every transformers 5 reads alike ---------------------------------------------------------------------
+def older_axes(sections):
+    "Which axis turns each channel of a head, by transformers 5.6: the doubled list of sections, dealt out in turn"
+    return [i % 3 for i, n in enumerate(sections*2) for _ in range(n)]
+
+
+def newer_axes(sections):
+    "The same by transformers 5.23: the list once, then both halves alike"
+    half = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
+    return half*2
+
+
+def test_both_versions_deal_out_the_axes_of_the_common_form_alike():
+    own, common = [1]*16, common_form(load_model(TINY)).config.text_config.rope_parameters["mrope_section"]
+    assert older_axes(own) != newer_axes(own)
+    assert older_axes(common) == newer_axes(common) == newer_axes(own)
+
+
+def test_the_common_form_keeps_the_frequencies_of_every_head():
+    "Angles of each channel: what 5.6 makes at its fixed base, at the places where the old channels went"
+    width, heads = 128, 4
+    def angles(base, channels): # of one axis and one half of a head
+        return [base**-(i/channels) for i in range(channels)]*2
+    old, new = angles(100., 8)*2, angles(1e4, 16)*2
+    places = head_places(heads, width).view(heads, 32)
+    for head, found in enumerate(places):
+        assert [new[p - 64*head] for p in found.tolist()] == pytest.approx(old)
+    assert len(set(places.flatten().tolist())) == width
+
+
+@pytest.mark.parametrize("size", [(64, 96), (208, 192), (480, 160)])
+def test_the_common_form_is_the_same_function(size):
+    processor, model = load_processor(TINY), load_model(TINY)
+    torch.manual_seed(1)
+    for weight in model.model.visual.parameters(): weight.data += .02*torch.randn_like(weight) # zeros would hide faults
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).numpy()
+    chat = [dict(role="user", content=[dict(type="image"), dict(type="text", text="Read the text.")])]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    batch = processor(text=[text], images=[pixels], return_tensors="pt")
+    with torch.no_grad(): a, b = model(**batch).logits, common_form(model)(**batch).logits
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_what_others_have_is_not_misread(tmp_path):
+    hub = dict(model_type="qwen2_vl", vision_config=dict(depth=32), rope_scaling=dict(mrope_section=[16, 24, 24]))
+    assert misread(hub) == [] and misread(dict(model_type="llava")) == []
+    assert len(misread(json.loads((ASSETS / TINY / "config.json").read_text()))) == 2
+    folder = save_common_form(TINY, tmp_path / "common")
+    assert misread(json.loads((folder / "config.json").read_text())) == []
+    again = common_form(load_model(str(folder)))
+    assert again.config.vision_config.embed_dim == 256, "it is its own common form"

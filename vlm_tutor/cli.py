@@ -12,7 +12,7 @@ import importlib, sys
 
 # %% ../nbs/27_cli.ipynb #16b0f0fb
 VERBS = {
-    'doctor': ('core:doctor', 'What is installed, what this machine can do, and what to mend'),
+    'doctor': ('doctor:doctor', 'What is installed, what this machine can do, and what to mend'),
     'config': ('config:show_config', 'What a configuration says, what it means, and what is wrong with it'),
     'synth': ('receipts:synth', 'Draw synthetic receipts: one PNG and one JSON of truth each'),
     'show': ('sources:show', 'Look at the first examples of a source'),
@@ -22,18 +22,24 @@ VERBS = {
         'Save a data set as ShareGPT JSON with its images, ready for LLaMA-Factory and for vlm train'),
     'register': ('sharegpt:register',
         'Register a data set with LLaMA-Factory, in dataset_info.json and in your training YAML'),
+    'check': ('check:check',
+        'Find what would spoil a training run: broken rows and pictures, leaks, rows too long'),
     'split': ('splits:split', 'Split documents so that none moves later, or look for leaks between splits'),
     'augment': ('augment:augment',
         'Show what augmentations do to your images, and write disturbed copies when asked'),
+}
+
+# %% ../nbs/27_cli.ipynb #181c7400
+VERBS |= {
     'pretrain-tiny': ('pretrain:pretrain_tiny',
         'Make the embedded base model again: vision, language, then both (hours on a CPU; resumes)'),
-    'train': ('train:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
+    'train': ('factory:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
     'predict': ('predict:predict',
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),
     'compare': ('compare:compare', 'Show groups side by side: tables, two plots and one page with every receipt'),
     'robust': ('robust:robust',
-        'Measure what the base still reads under each augmentation, and whether training on them helps'),
+        'Measure what the base reads under each augmentation, and whether training on them helps'),
     'bench': ('bench:bench', 'Measure our engine beside the peers, after a check that all learn the same'),
     'quickstart': ('quickstart:quickstart', 'The whole job on synthetic receipts, in minutes on a CPU'),
 }
@@ -83,7 +89,8 @@ def verb_parser(
     "The command line of a verb, read off the function's signature and comments"
     import inspect
     from fastcore.script import anno_parser
-    names = list(inspect.signature(function).parameters)
+    given = inspect.signature(function).parameters
+    names = [name for name, about in given.items() if about.kind != about.KEYWORD_ONLY]
     parser = anno_parser(function, prog=f'vlm {verb}', pos=[*names[:1], 'overrides'])
     parser.allow_abbrev, parser.error = False, lambda message: _refuse(parser, message)
     _open_lists(parser)
@@ -95,7 +102,7 @@ def verb_parser(
 def run_verb(
     verb: str, # one of `VERBS`
     words: list, # the words behind it
-):
+) -> int: # exit code
     "Parse the words, call the verb's function and print its result"
     import contextlib, json, os
     show = print if os.environ.get('RANK', '0') == '0' else lambda text: None # of several processes the first speaks
@@ -103,9 +110,9 @@ def run_verb(
     options = vars(verb_parser(verb, function).parse_intermixed_args(words))
     for extra in ('debug', 'pdb', 'xtra'): options.pop(extra, None)
     as_json = options.pop('json')
-    if not as_json: return show(function(**options))
-    with contextlib.redirect_stdout(sys.stderr): result = function(**options)
-    show(json.dumps(result, indent=1, ensure_ascii=False, default=str))
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout): result = function(**options)
+    show(json.dumps(result, indent=1, ensure_ascii=False, default=str) if as_json else result)
+    return getattr(result, 'code', 0)
 
 # %% ../nbs/27_cli.ipynb #daea6325
 def _ended(error, verb):
@@ -139,13 +146,12 @@ def main(
         print('vlm_tutor', importlib.import_module('vlm_tutor').__version__)
         return 0
     if words[0] not in VERBS: return _unknown(words[0])
-    try: run_verb(words[0], words[1:])
+    try: return run_verb(words[0], words[1:])
     except SystemExit as end: return int(end.code or 0)
     except BrokenPipeError: return _pipe_closed()
     except (Exception, KeyboardInterrupt) as error:
         if '--debug' in words: raise
         return _ended(error, words[0])
-    return 0
 
 def _pipe_closed():
     "The reader, such as head, has gone: end without a word"

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 import torch
 
-from .core import VlmError, load_image
+from .core import VlmError, load_image, upright_size
 
 # %% ../nbs/13_collate.ipynb #183116f8
 IGNORE = -100 # the label that cross-entropy leaves out
@@ -155,9 +155,7 @@ def image_size(
     "Height and width from the file's header alone"
     from PIL import Image
     try:
-        with Image.open(path) as image:
-            sizes = image.height, image.width
-            return sizes[::-1] if image.getexif().get(0x0112, 1) > 4 else sizes # 5 to 8: lies on its side
+        with Image.open(path) as image: return upright_size(image)[::-1]
     except Exception: return load_image(path).size[::-1] # says what is wrong with the file
 
 @patch

@@ -6,19 +6,20 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/config.html.md"""
 
 # %% auto #0
 __all__ = ['OWN_KEYS', 'FIELDS', 'CHOICES', 'ABOVE_ZERO', 'NOT_BELOW_ZERO', 'SHARES', 'RANGES', 'OTHER_WORDS', 'NAMES_OF_TYPES',
-           'LONG_ANSWERS', 'HELD_BACK', 'key', 'ModelKeys', 'MethodKeys', 'DataKeys', 'TrainKeys', 'OwnKeys', 'Config',
-           'check_values', 'check_key', 'yaml_value', 'to_type', 'presets', 'find_config', 'parse_overrides', 'as_dict',
-           'load_config', 'save_config', 'config_diff', 'choose_rows', 'plan_steps', 'cpu_has_bf16', 'ineffective_keys',
-           'image_tokens', 'remarks', 'explain', 'show_config']
+           'KERNELS', 'LONG_ANSWERS', 'HELD_BACK', 'key', 'ModelKeys', 'MethodKeys', 'DataKeys', 'TrainKeys', 'OwnKeys',
+           'Config', 'check_values', 'check_key', 'yaml_value', 'to_type', 'presets', 'find_config', 'parse_overrides',
+           'as_dict', 'load_config', 'save_config', 'config_diff', 'choose_rows', 'plan_steps', 'ineffective_keys',
+           'check_kernels', 'image_tokens', 'remarks', 'explain', 'show_config']
 
 # %% ../nbs/03_config.ipynb #8fe223d9
 import dataclasses, math, os, random
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
-from .core import (CONFIGS, Result, RunFolder, VlmError, check_choice, md_table, nearest, read_json_file,
-                            read_yaml, table, write_yaml)
+from .core import (CONFIGS, Result, RunFolder, VlmError, check_choice, cpu_has_bf16, md_table, nearest,
+                            read_json_file, read_yaml, table, write_yaml)
 
 # %% ../nbs/03_config.ipynb #9cc1b70c
 def key(
@@ -36,6 +37,7 @@ class ModelKeys:
     template: str = key('qwen2_vl', "how LLaMA-Factory writes a conversation; ours asks the model's own processor")
     image_max_pixels: int = key(589824, 'larger images are shrunk to this area; 768 × 768 is 752 tokens at most')
     image_min_pixels: int = key(1024, 'smaller images are enlarged to this area')
+    flash_attn: str = key('auto', 'attention: auto takes the best there is, or sdpa, fa2 (flash-attn), disabled')
     adapter_name_or_path: str|None = key(None, 'an adapter to go on training from, in place of a fresh one')
 
 # %% ../nbs/03_config.ipynb #5df1a094
@@ -86,6 +88,8 @@ class TrainKeys(DataKeys):
     bf16: bool = key(False, 'compute in 16 bits with a wide range; cards from 2020 on, not a T4')
     fp16: bool = key(False, 'compute in 16 bits with a narrow range, for older cards')
     use_cpu: bool = key(False, 'stay on the CPU even where there is a GPU')
+    torch_compile: bool = key(False, 'compile the decoder layers; minutes at the start, for long runs on a GPU')
+    enable_liger_kernel: bool = key(False, "Liger's kernels in place of the model's own; NVIDIA and AMD cards")
     disable_gradient_checkpointing: bool = key(False, 'never compute twice to save memory; else when memory is short')
     auto_find_batch_size: bool = key(True, 'when memory is short, cut a batch in pieces; the step stays the same')
     ddp_timeout: int = key(1800, 'seconds after which a group of processes gives up on a silent one')
@@ -131,7 +135,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 # %% ../nbs/03_config.ipynb #aad58a78
 CHOICES = dict(stage=('sft',), finetuning_type=('lora',), save_strategy=('steps', 'epoch', 'no'),
-               eval_strategy=('no', 'steps', 'epoch'),
+               eval_strategy=('no', 'steps', 'epoch'), flash_attn=('auto', 'sdpa', 'fa2', 'disabled'),
                lr_scheduler_type=('linear', 'cosine', 'constant', 'constant_with_warmup', 'polynomial', 'inverse_sqrt',
                                   'cosine_with_restarts'))
 ABOVE_ZERO = ('image_max_pixels', 'image_min_pixels', 'lora_rank', 'lora_alpha', 'cutoff_len', 'max_samples',
@@ -363,13 +367,6 @@ def plan_steps(
                 evaluations=_times(config.eval_strategy, every, steps, steps/per_epoch),
                 checkpoints=_times(config.save_strategy, config.save_steps, steps, steps/per_epoch))
 
-# %% ../nbs/03_config.ipynb #27c9dd63
-def cpu_has_bf16() -> bool:
-    "Does this CPU multiply in 16 bits (AVX512-BF16 or AMX)?"
-    try: flags = Path('/proc/cpuinfo').read_text()
-    except OSError: return False
-    return 'avx512_bf16' in flags or 'amx_bf16' in flags
-
 # %% ../nbs/03_config.ipynb #47aa967c
 def _native_idle(c, device):
     "Pairs (key, why it has no effect) in our own engine"
@@ -393,7 +390,8 @@ def _factory_idle(c):
         yield 'freeze_multi_modal_projector', 'with lora_target all LLaMA-Factory leaves the projector as it is'
     if isinstance(c.max_samples, float): yield 'max_samples', 'LLaMA-Factory takes whole numbers only'
     for name in OWN_KEYS:
-        if getattr(c, name) != FIELDS[name].default: yield name, 'LLaMA-Factory does not know it'
+        way = '; vlm augment --dir writes disturbed copies for it' if name == 'augmentation' else ''
+        if getattr(c, name) != FIELDS[name].default: yield name, 'LLaMA-Factory does not know it' + way
 
 # %% ../nbs/03_config.ipynb #df8e3261
 def _never(c, rows):
@@ -417,6 +415,23 @@ def ineffective_keys(
     "Keys that are set and have no effect, each with the reason"
     idle = _native_idle(config, device) if engine == 'native' else _factory_idle(config)
     return [*idle, *(_never(config, rows) if rows else ())]
+
+# %% ../nbs/03_config.ipynb #c3c60b85
+KERNELS = dict(flash_attn=('fa2', 'flash_attn', 'flash-attn'),
+               enable_liger_kernel=(True, 'liger_kernel', 'liger-kernel'))
+
+def check_kernels(
+    config: Config, # a configuration
+    device: str, # "cpu" or "cuda"
+):
+    "Raise a `VlmError` for kernels that are asked for and are not there"
+    for name, (value, module, package) in KERNELS.items():
+        if getattr(config, name) != value: continue
+        without = f'{name}={yaml_value(FIELDS[name].default)}'
+        if device == 'cpu': raise VlmError(f'{name}={yaml_value(value)} needs a GPU', remedy=f'On a CPU set {without}')
+        if not find_spec(module):
+            raise VlmError(f"{name}={yaml_value(value)} needs the package '{package}'",
+                           remedy=f'pip install {package}, or set {without}')
 
 # %% ../nbs/03_config.ipynb #97b8baae
 def image_tokens(

@@ -6,13 +6,13 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/core.html.md"""
 
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'CONFIGS', 'COLOURS', 'PACKAGES', 'VlmError', 'nearest', 'check_choice', 'Example', 'load_image',
-           'atomic_write', 'read_json_file', 'read_jsonl', 'json_line', 'write_jsonl', 'append_jsonl', 'content_hash',
-           'hash_folder', 'Result', 'show_value', 'table', 'md_table', 'say', 'Progress', 'progress', 'asset',
-           'set_seed', 'package_version', 'versions', 'machine', 'RunFolder', 'read_yaml', 'write_yaml',
-           'find_llamafactory', 'doctor']
+           'upright_size', 'atomic_write', 'read_json_file', 'read_jsonl', 'json_line', 'write_jsonl', 'append_jsonl',
+           'content_hash', 'hash_folder', 'Result', 'show_value', 'table', 'md_table', 'say', 'Progress', 'progress',
+           'asset', 'set_seed', 'package_version', 'versions', 'machine', 'cpu_has_bf16', 'RunFolder', 'read_yaml',
+           'write_yaml', 'venvs_folder', 'find_llamafactory']
 
 # %% ../nbs/00_core.ipynb #c8e97838
-import difflib, hashlib, json, os, platform, random, re, shutil, subprocess, sys, time
+import difflib, hashlib, json, os, platform, random, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -98,6 +98,15 @@ def load_image(
 def load_images(self: Example) -> list: # PIL images, RGB
     "All images of the example, upright"
     return [load_image(path) for path in self.images]
+
+# %% ../nbs/00_core.ipynb #32f48dae
+def upright_size(
+    image, # an open PIL image, not yet decoded
+) -> tuple: # width and height
+    "Size of an open image as `load_image` will show it"
+    notes = {'exif', 'xmp', 'XML:com.adobe.xmp', 'Raw profile type exif'} & image.info.keys()
+    if image.format == 'TIFF' or image.format == 'PNG' and not notes: return image.size # PNG: would be decoded
+    return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
 
 # %% ../nbs/00_core.ipynb #5180a533
 def atomic_write(
@@ -217,9 +226,10 @@ class Result(dict):
         data: dict, # what `--json` prints
         text: str = '', # what a terminal shows
         markdown: str|None = None, # what a notebook shows; the text in a code block when missing
+        code: int = 0, # exit code of the command: 1 when it worked and found something that must be mended
     ):
         super().__init__(data)
-        self.text, self.markdown = text, markdown
+        self.text, self.markdown, self.code = text, markdown, code
     def __str__(self): return self.text or json.dumps(self, indent=1, ensure_ascii=False, default=str)
     def _repr_markdown_(self): return self.markdown or f'```text\n{self}\n```'
 
@@ -413,6 +423,13 @@ def machine() -> dict: # system, cpu, cores, memory_gb, gpus
     except (ValueError, OSError, AttributeError): memory = None
     return dict(system=platform.platform(terse=True), cpu=_cpu_name(), cores=cores, memory_gb=memory, gpus=_gpus())
 
+# %% ../nbs/00_core.ipynb #e5cfdf71
+def cpu_has_bf16() -> bool:
+    "Does this CPU multiply in 16 bits (AVX512-BF16 or AMX)?"
+    try: flags = Path('/proc/cpuinfo').read_text()
+    except OSError: return False
+    return 'avx512_bf16' in flags or 'amx_bf16' in flags
+
 # %% ../nbs/00_core.ipynb #aec9cae8
 class RunFolder:
     "The fixed places inside one run's folder"
@@ -508,40 +525,14 @@ def open(cls: RunFolder,
     hint = nearest(run.path.as_posix(), others).strip() or 'Make one with: vlm train tiny'
     raise VlmError(what, 'Runs here: ' + ', '.join(others) if others else None, hint)
 
-# %% ../nbs/00_core.ipynb #e39985cd
-def _requirement(name):
-    "The version range this package asks of another, such as '>=2.6'"
-    try: lines = metadata.requires('vlm_tutor') or []
-    except metadata.PackageNotFoundError: return ''
-    plain = [line.split(';')[0].strip() for line in lines if 'extra ==' not in line]
-    wanted = re.compile(re.escape(name) + r'\s*([<>=!~].*)?')
-    return next((line[len(name):].strip() for line in plain if wanted.fullmatch(line)), '')
-
-def _package_row(name):
-    "One line of the doctor's table"
-    version, needs = package_version(name), _requirement(name)
-    if version is None: return dict(package=name, version='missing', needs=needs, remedy=f"pip install '{name}{needs}'")
-    from packaging.specifiers import SpecifierSet
-    right = SpecifierSet(needs).contains(version, prereleases=True)
-    return dict(package=name, version=version, needs=needs, remedy=None if right else f"pip install -U '{name}{needs}'")
+# %% ../nbs/00_core.ipynb #c984af77
+def venvs_folder() -> Path: # made when the first environment is
+    "Where environments of other programs are kept: `VLM_VENVS`, else in the user's cache"
+    given, cache = os.environ.get('VLM_VENVS'), os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
+    return Path(given) if given else Path(cache)/'vlm_tutor'/'venvs'
 
 def find_llamafactory() -> str|None: # path of the command, None when there is none
-    "LLaMA-Factory's command: in `VLM_LLAMAFACTORY` (the command, or its venv) or on PATH"
-    given = os.environ.get('VLM_LLAMAFACTORY')
+    "LLaMA-Factory's command: in `VLM_LLAMAFACTORY` (the command, or its venv), on PATH, or where doctor installs it"
+    given, installed = os.environ.get('VLM_LLAMAFACTORY'), venvs_folder()/'llama_factory'/'bin'/'llamafactory-cli'
     if given and Path(given).is_dir(): given = Path(given)/'bin'/'llamafactory-cli'
-    return shutil.which(str(given)) if given else shutil.which('llamafactory-cli')
-
-# %% ../nbs/00_core.ipynb #47494ca4
-def doctor() -> Result: # packages, machine, engines
-    "What is installed, what this machine can do, and what to mend"
-    rows, facts, factory = [_package_row(name) for name in PACKAGES], machine(), find_llamafactory()
-    gpus = [f"{g['name']}, {g['memory_gb']} GB, {'bf16' if g['bf16'] else 'fp16 only'}" for g in facts['gpus']]
-    problems = [row['remedy'] for row in rows if row['remedy']]
-    lines = [('system', f"{facts['system']}, Python {platform.python_version()}"),
-             ('cpu', f"{facts['cores']} cores, {facts['memory_gb']} GB memory, {facts['cpu']}"),
-             ('gpu', '; '.join(gpus) or 'none that torch can use; tiny presets train on the CPU'),
-             ('native', 'ready' if not problems else 'not ready'),
-             ('llamafactory', factory or 'not found; set VLM_LLAMAFACTORY to its venv if you want that engine')]
-    text = '\n'.join([table(rows), '', *(f'{name:<14}{what}' for name, what in lines), '',
-                      *(f'mend  {remedy}' for remedy in problems), 'next  vlm quickstart'])
-    return Result(dict(packages=rows, machine=facts, llamafactory=factory, problems=problems), text)
+    return shutil.which(str(given)) if given else shutil.which('llamafactory-cli') or shutil.which(str(installed))

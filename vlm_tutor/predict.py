@@ -6,16 +6,16 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/predict.html.md"""
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'BASE_FILE', 'split_examples', 'model_hash', 'adapter_hash', 'choose_adapter', 'check_base',
-           'touches_vision', 'choose_device', 'load_run_model', 'switch', 'answer_limit', 'json_depth', 'JsonEnd',
-           'asks_for_json', 'read_schema', 'schema_processor', 'generate', 'answer_batch', 'image_hash', 'what_changed',
-           'set_aside', 'rows_on_file', 'predict']
+           'touches_vision', 'choose_device', 'load_preprocess', 'load_run_model', 'switch', 'answer_limit',
+           'json_depth', 'JsonEnd', 'asks_for_json', 'read_schema', 'schema_processor', 'generate', 'answer_batch',
+           'image_hash', 'what_changed', 'set_aside', 'rows_on_file', 'predict']
 
 # %% ../nbs/17_predict.ipynb #af544448
 import json, os, time
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import choose_rows, cpu_has_bf16, load_config
+from .config import check_kernels, choose_rows, cpu_has_bf16, load_config
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, check_choice, content_hash,
                             read_json_file, read_jsonl, say, write_jsonl)
 from .sources import SPLITS, load_examples
@@ -118,6 +118,16 @@ def choose_device(
                        remedy='Write bf16=false fp16=true')
     return device, torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
+# %% ../nbs/17_predict.ipynb #15f59f57
+def load_preprocess(
+    config, # a `Config`: model, cutoff_len, image_max_pixels, image_min_pixels
+): # a `Preprocess`
+    "The preprocessing that a configuration names, the same in training and prediction"
+    from vlm_tutor.collate import Preprocess
+    from vlm_tutor.tiny import load_processor
+    return Preprocess(load_processor(config.model_name_or_path), config.cutoff_len, config.image_max_pixels,
+                      config.image_min_pixels)
+
 # %% ../nbs/17_predict.ipynb #a11d1258
 def load_run_model(
     config, # a `Config`
@@ -126,12 +136,12 @@ def load_run_model(
 ) -> tuple: # model, `Preprocess`, content hash of the base
     "The base that a configuration names, perhaps with an adapter, and its preprocessing"
     device, dtype = choose_device(config, device)
-    from vlm_tutor.collate import Preprocess
+    check_kernels(config, device)
     from vlm_tutor.lora import no_chatter
-    from vlm_tutor.tiny import load_model, load_processor
-    preprocess = Preprocess(load_processor(config.model_name_or_path), config.cutoff_len,
-                            config.image_max_pixels, config.image_min_pixels)
-    model = load_model(config.model_name_or_path, device, dtype)
+    from vlm_tutor.tiny import load_model
+    preprocess = load_preprocess(config)
+    model = load_model(config.model_name_or_path, device, dtype, config.flash_attn, config.enable_liger_kernel)
+    if config.torch_compile and device == 'cuda': model.generation_config.cache_implementation = 'static'
     found = model_hash(config.model_name_or_path, model)
     if adapter:
         check_base(adapter, config.model_name_or_path, found)

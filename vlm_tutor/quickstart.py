@@ -202,7 +202,7 @@ def quickstart_result(
 
 # %% ../nbs/26_quickstart.ipynb #ebc0daab
 NEXT = [('vlm train cord --help', 'a GPU: the same job on CORD with Qwen2-VL-2B'),
-        ('vlm save-dataset-in-sharegpt-format DIR --source YOUR_FOLDER', 'your own documents')]
+        ('vlm check YOUR_FOLDER', 'your own documents')]
 
 def ending(compared: dict) -> str:
     "The last lines of a quickstart: the field table, where report and plots lie, what to do next"

@@ -182,7 +182,7 @@ def _robust_result(run, record):
     end = f'result  {file}\nnext    vlm train tiny data=FOLDER augmentation=all augmentation_variants=8'
     return Result(record, '\n\n'.join([*map(table, parts), end]), '\n\n'.join(map(md_table, parts)))
 
-# %% ../nbs/21a_robust.ipynb #128af002
+# %% ../nbs/21a_robust.ipynb #6cb6ee72
 def robust(
     run: str = 'runs/robust', # where everything goes; the same folder again goes on
     n_train: int = 100, # receipts to learn from
@@ -192,7 +192,7 @@ def robust(
     strength: float = 1., # of the augmentations: 1 is a usual photo, 1.5 the most
     seed: int = 0, # of receipts and disturbances
 ) -> Result: # what the base can read, scores by run, differences
-    "Measure what the base still reads under each augmentation, and whether training on them helps"
+    "Measure what the base reads under each augmentation, and whether training on them helps"
     lengths = _lengths(epochs, n_train=n_train, n_test=n_test, seeds=seeds)
     data = study_data(run, n_train, n_test, check_strength(strength), seed)
     ways = {str(s): ways_to_test(list(AUGMENTATIONS), s) for s in dict.fromkeys((strength, MOST))}

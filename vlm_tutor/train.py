@@ -7,7 +7,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/train.html.md"""
 # %% auto #0
 __all__ = ['SAMPLE', 'Rows', 'augmentation_of', 'check_enlarged', 'start_log', 'events', 'sample_f1', 'StopSignal', 'is_due',
            'Watch', 'validation_loss', 'run_steps', 'data_hash', 'check_same', 'plot_loss', 'save_adapter',
-           'train_result', 'train']
+           'train_result', 'say_left_out', 'fitting', 'train']
 
 # %% ../nbs/18_train.ipynb #a4f9f104
 import contextlib, json, os, shutil, signal, threading, time
@@ -256,14 +256,17 @@ def _draw_loss(ax, steps, judged):
     ax.annotate('training', (steps[0]['step'], steps[0]['loss']), (5, 5), textcoords='offset points', color=blue)
     for row in judged:
         ax.plot(row['step'], row['loss'], 'o', color=grey)
-        ax.annotate(f"F1 {row['field_f1']:.2f}", (row['step'], row['loss']), (-3, 8), textcoords='offset points',
-                    ha='right', color=grey)
+        score = f"F1 {row['field_f1']:.2f}" if 'field_f1' in row else ''
+        ax.annotate(score, (row['step'], row['loss']), (-3, 8), textcoords='offset points', ha='right', color=grey)
     words = [f"Loss fell from {steps[0]['loss']:.2g} to {steps[-1]['loss']:.2g}"]
-    if judged: words.append(f"field F1 on {judged[-1]['n']} validation rows (dots): {judged[-1]['field_f1']:.2f}")
+    scored = [row for row in judged if 'field_f1' in row]
+    if scored: words.append(f"field F1 on {scored[-1]['n']} validation rows (dots): {scored[-1]['field_f1']:.2f}")
+    elif judged: words.append(f"on the validation rows (dots) it ended at {judged[-1]['loss']:.2g}")
     ax.set_title('\n'.join(words), fontsize=10, loc='left')
     ax.set(xlabel='step', ylabel='loss', ylim=(0, 1.2*max(row['loss'] for row in steps)))
     ax.spines[['top', 'right']].set_visible(False)
 
+# %% ../nbs/18_train.ipynb #7e24815d
 def plot_loss(
     run, # a `RunFolder`
 ) -> Path: # report/loss.png
@@ -303,12 +306,35 @@ def train_result(
                  share=start['share'], rows=start['rows'], left_out=len(events(run, 'left_out')),
                  adapter=str(run.adapter))
     line = [f"{'done before' if again else 'done'}   {done['step']} steps", f"loss {facts['loss']:.3g}"]
-    if last: line.append(f"validation loss {last['loss']:.3g}, field F1 {last['field_f1']:.2f}")
+    score = f", field F1 {last['field_f1']:.2f}" if 'field_f1' in last else ''
+    if last: line.append(f"validation loss {last['loss']:.3g}{score}")
     text = ['   '.join([*line, f"{done['seconds']:.0f} s"]), f'adapter  {run.adapter}']
     text += [f'plot     {plot}'] if plot.exists() else []
     return Result(facts, '\n'.join([*text, f'next     vlm predict {run.path}']))
 
 # %% ../nbs/18_train.ipynb #f606c21f
+def say_left_out(
+    left_out: list, # from `fitting`
+):
+    "Name the first rows that are left out, with their lengths"
+    for row in left_out[:5]:
+        parts = ', '.join(f'{row[part]} {part}' for part in ('image', 'prompt', 'answer'))
+        say(f"left out  {row['id']}: {row['length']} tokens ({parts}), cutoff_len is {row['cutoff_len']}")
+    if left_out[5:]: say(f'left out  {len(left_out) - 5} more; all are listed in log.jsonl')
+
+def fitting(
+    preprocess, # a `Preprocess`
+    examples: list, # training `Example`s
+    validation: list, # validation `Example`s
+) -> tuple: # training rows that fit, validation rows that fit, one dict for each training row that does not
+    "Leave out the rows that are over `cutoff_len`; an error when none is left"
+    kept, left_out = preprocess.fits(examples)
+    if kept: return kept, preprocess.fits(validation)[0], left_out
+    shortest = min(row['length'] for row in left_out)
+    raise VlmError(f'no row fits into cutoff_len {preprocess.cutoff_len}: the shortest has {shortest} tokens',
+                   remedy='Raise cutoff_len or lower image_max_pixels')
+
+# %% ../nbs/18_train.ipynb #71e7d2da
 def _announce(config, device, counts, left_out, engine, why):
     "Say what is trained, what is left out and which keys have no effect"
     rows = len(split_examples(replace(config, max_samples=None, val_size=0), 'train'))
@@ -317,22 +343,11 @@ def _announce(config, device, counts, left_out, engine, why):
     strength = f'strength {config.augmentation_strength:g}'
     if config.augmentation: say(f'images are disturbed by {config.augmentation}, {strength}')
     if config.cache_features and why: say(f'note  image features are not kept: {why}')
-    for row in left_out[:5]:
-        parts = ', '.join(f'{row[part]} {part}' for part in ('image', 'prompt', 'answer'))
-        say(f"left out  {row['id']}: {row['length']} tokens ({parts}), cutoff_len is {row['cutoff_len']}")
-    if left_out[5:]: say(f'left out  {len(left_out) - 5} more; all are listed in log.jsonl')
+    say_left_out(left_out)
     shared = ', weights shared' if config.fsdp else ''
     many = f' in {engine.processes} processes{shared}' if engine.processes > 1 else ''
     say(f"LoRA r{config.lora_rank}   {counts['trainable']:,} trainable ({counts['share']:.1%})   {counts['rows']} rows,"
         f" {counts['validation']} for validation   {counts['steps']} steps on {device}{many}")
-
-def _fitting(preprocess, examples, validation):
-    "Training rows that fit, validation rows that fit, training rows that do not"
-    kept, left_out = preprocess.fits(examples)
-    if kept: return kept, preprocess.fits(validation)[0], left_out
-    shortest = min(row['length'] for row in left_out)
-    raise VlmError(f'no row fits into cutoff_len {preprocess.cutoff_len}: the shortest has {shortest} tokens',
-                   remedy='Raise cutoff_len or lower image_max_pixels')
 
 # %% ../nbs/18_train.ipynb #920185c6
 def _kept_features(config, run, model, preprocess, base, examples):
@@ -366,7 +381,7 @@ def _prepare(config, run, device, loaded, data, examples, validation):
     (model, preprocess, base), (rank, many) = loaded, processes()
     check_same(run, 'base', base)
     if config.adapter_name_or_path: check_base(config.adapter_name_or_path, config.model_name_or_path, base)
-    kept, validation, left_out = _fitting(preprocess, examples, validation)
+    kept, validation, left_out = fitting(preprocess, examples, validation)
     disturbed = augmentation_of(config)
     if disturbed: check_enlarged(preprocess, kept, disturbed)
     set_seed(config.seed)

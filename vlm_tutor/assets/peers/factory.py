@@ -1,7 +1,6 @@
 """A peer: LLaMA-Factory, called as its command line calls it."""
 from meter import Meter
 meter = Meter()
-import scaffold # noqa: before anything that imports torchvision
 import transformers.trainer # noqa
 from llamafactory.train.tuner import run_exp
 
