@@ -200,8 +200,9 @@ def test_copies_are_the_recipes_variants(tmp_path):
         assert load_image(e.image).tobytes() == load_image(Variant(path, k, recipe)).tobytes()
 
 
-@pytest.mark.parametrize("words, said", [(["--names", "flip"], "refused for documents"), (["--strength", "4"], "up to 1.5"),
-                                         (["--variants", "0"], "variants is 0"), (["--n", "0"], "n is 0")])
+@pytest.mark.parametrize("words, said", [
+    (["--names", "flip"], "refused for documents"), (["--strength", "4"], "up to 1.5"),
+    (["--variants", "0"], "variants is 0"), (["--n", "0"], "n is 0")])
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, words, said):
     done = vlm("augment", "synthetic", *words, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
