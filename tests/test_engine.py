@@ -8,13 +8,14 @@ from transformers import get_scheduler
 from vlm_tutor import features
 from vlm_tutor.collate import image_size
 from vlm_tutor.config import check_kernels, load_config
-from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, set_seed
-from vlm_tutor.engine import Engine, LeanLoss, PlainLoss, choose_loss, epoch_order, last_checkpoint, shard, step_rows
+from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, read_jsonl, set_seed
+from vlm_tutor.engine import (Engine, LeanLoss, PlainLoss, Visit, choose_loss, epoch_order, last_checkpoint, shard,
+                              step_rows)
 from vlm_tutor.lean import attend
 from vlm_tutor.lora import build_adapter
 from vlm_tutor.predict import adapter_hash, load_run_model, split_examples
 from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
-from vlm_tutor.train import events, train
+from vlm_tutor.train import Rows, augmentation_of, events, train
 
 SWITCHES = ("cache_features", "lean_forward", "answer_only_logits", "group_by_length")
 BASE = dict(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="steps", save_steps=1,
@@ -330,3 +331,76 @@ def test_the_size_of_a_photo_on_its_side_is_that_of_the_upright_one(tmp_path):
         Image.new("RGB", (60, 20)).save(tmp_path / f"{turn}.jpg", exif=exif)
         from vlm_tutor.core import load_image
         assert image_size(tmp_path / f"{turn}.jpg") == load_image(tmp_path / f"{turn}.jpg").size[::-1]
+
+
+# --- augmented twins of the above -------------------------------------------------------------------------------------
+AUGMENTED = dict(augmentation="all", augmentation_strength=1.5, max_steps=4)
+
+
+@pytest.fixture(scope="module", params=[None, 2], ids=["new each epoch", "two variants"])
+def augmented(request, data, tmp_path_factory):
+    "A run that was never interrupted, and its options"
+    path = tmp_path_factory.mktemp("augmented") / "run"
+    more = AUGMENTED | (dict(augmentation_variants=request.param) if request.param else {})
+    train("tiny", overrides=options(data, path, **more))
+    return RunFolder(path), more
+
+
+def test_augmented_and_killed_and_resumed_to_the_same_bytes(data, augmented, tmp_path):
+    whole, more = augmented
+    run = RunFolder(tmp_path / "run")
+    process = start(options(data, run.path, **more))
+    while process.poll() is None and last_checkpoint(run) is None: time.sleep(.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not run.adapter.exists()
+    train("tiny", overrides=options(data, run.path, **more))
+    assert adapter_hash(run.adapter) == adapter_hash(whole.adapter) and losses(run.path) == losses(whole.path)
+    one, other = (last_checkpoint(r) / "optimizer.safetensors" for r in (run, whole))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_loader_processes_draw_the_same_disturbances(data, augmented, tmp_path):
+    whole, more = augmented
+    train("tiny", overrides=options(data, tmp_path / "run", **more, dataloader_num_workers=2))
+    assert adapter_hash(tmp_path / "run" / "adapter") == adapter_hash(whole.adapter)
+
+
+def test_features_of_variants_are_kept_and_equal_their_pixels(data, augmented, tmp_path):
+    whole, more = augmented
+    index = list((whole.path / "features").glob("*.jsonl"))
+    assert len(index) == ("augmentation_variants" in more)
+    if index: assert sum(row["image"].endswith(("-0", "-1")) for row in read_jsonl(index[0])) == 20
+    train("tiny", overrides=options(data, tmp_path / "run", **more, cache_features=False))
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole.path), rel=1e-3)
+
+
+def test_images_are_really_disturbed_and_anew_in_each_epoch(data, ours, augmented):
+    whole, more = augmented
+    assert losses(whole.path)[0] != pytest.approx(losses(ours.path)[0], rel=1e-3)
+    config = load_config("tiny", options(data, "unused", **more))
+    _, preprocess, _ = load_run_model(config)
+    rows = Rows(split_examples(config, "train"), preprocess, augmentation=augmentation_of(config))
+    seen = [[rows[Visit(i, epoch)]["pixel_values"] for i in range(10)] for epoch in range(4)]
+    alike = lambda one, other: one.shape == other.shape and torch.equal(one, other)
+    same = lambda a, b: sum(map(alike, seen[a], seen[b]))
+    assert same(0, 1) < 5 and same(0, 2) < 5 or "augmentation_variants" in more
+    if "augmentation_variants" in more: assert same(0, 2) == same(1, 3) == 10 > same(0, 1)
+
+
+def test_an_augmentation_that_may_break_the_token_budget_is_refused_before_the_first_step(data, tmp_path):
+    config = load_config("tiny", options(data, "unused"))
+    _, preprocess, _ = load_run_model(config)
+    longest = max(map(preprocess.length, split_examples(config, "train")))
+    more = dict(augmentation="rotation,resolution", cutoff_len=longest)
+    with pytest.raises(VlmError, match=rf"augmentation resolution may enlarge .+ beyond cutoff_len {longest}"):
+        train("tiny", overrides=options(data, tmp_path / "run", **more))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    train("tiny", overrides=options(data, tmp_path / "run2", **more | dict(augmentation="rotation"), max_steps=1))
+
+
+@pytest.mark.parametrize("more, said", [(dict(augmentation="rotation,flip"), "'flip' is refused for documents"),
+                                        (dict(augmentation="al"), "unknown augmentation 'al'"),
+                                        (dict(augmentation="blur", augmentation_strength=7), "up to 1.5")])
+def test_a_wrong_augmentation_is_refused_before_anything_is_read(tmp_path, more, said):
+    more |= dict(dataset_dir=str(tmp_path / "none"), output_dir=str(tmp_path / "run"))
+    with pytest.raises(VlmError, match=said): train("tiny", overrides=more)

@@ -464,15 +464,17 @@ def test_llama_factory_itself_reads_the_same(tmp_path, docs):
     out = tmp_path / "out"
     save_cord_dataset_in_sharegpt_format(out, make_cord(tmp_path / "cord"))
     write_split(out, "sys", "train", [Example("s", docs[0].images * 2, "Read.", "4", {"a": 1}, "Be exact."), docs[1]])
-    words = [str(Path(command).parent / "python"), "-c", READ_BY_FACTORY, str(out), str(tmp_path / "run"), "sys", "cord"]
+    python = str(Path(command).parent / "python")
+    words = [python, "-c", READ_BY_FACTORY, str(out), str(tmp_path / "run"), "sys", "cord"]
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1")
     done = subprocess.run(words, capture_output=True, text=True, env=clean | dict(HF_HOME=str(tmp_path / "home")))
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     for name, rows in told.items():
         mine = load_examples(out, "train", name=name.removesuffix(".json"))
-        assert [(r["_system"], r["_prompt"][0]["content"], r["_response"][0]["content"], r["_images"]) for r in rows] == \
-            [(e.system, "<image>" * len(e.images) + e.prompt, e.target, list(map(str, e.images))) for e in mine]
+        assert [(r["_system"], r["_prompt"][0]["content"], r["_response"][0]["content"], r["_images"])
+                for r in rows] == [(e.system, "<image>" * len(e.images) + e.prompt, e.target,
+                                    list(map(str, e.images))) for e in mine]
 
 
 def test_images_are_shrunk_only_when_asked_and_only_when_too_large(tmp_path):
@@ -491,6 +493,12 @@ def test_images_are_shrunk_only_when_asked_and_only_when_too_large(tmp_path):
     save_dataset_in_sharegpt_format(tmp_path / "c", source, max_pixels=48 * 36 - 1)
     assert len(list((tmp_path / "c/images").iterdir())) == 3, "the large ones are not kept"
     with pytest.raises(VlmError, match="max_pixels is 0"): save_dataset_in_sharegpt_format("x", source, max_pixels=0)
+
+
+def test_one_image_may_stand_in_two_splits(tmp_path, docs):
+    write_splits(tmp_path, "d", dict(train=docs, test=docs[:1]))
+    assert len(list((tmp_path / "images").iterdir())) == len({e.image.read_bytes() for e in docs})
+    assert facts(load_examples(tmp_path, "test")) == facts(docs[:1])
 
 
 def test_the_schema_lies_beside_the_data(tmp_path):

@@ -24,6 +24,13 @@ VERBS = {
         'Register a data set with LLaMA-Factory, in dataset_info.json and in your training YAML'),
     'check': ('check:check',
         'Find what would spoil a training run: broken rows and pictures, leaks, rows too long'),
+    'split': ('splits:split', 'Split documents so that none moves later, or look for leaks between splits'),
+    'augment': ('augment:augment',
+        'Show what augmentations do to your images, and write disturbed copies when asked'),
+}
+
+# %% ../nbs/27_cli.ipynb #181c7400
+VERBS |= {
     'pretrain-tiny': ('pretrain:pretrain_tiny',
         'Make the embedded base model again: vision, language, then both (hours on a CPU; resumes)'),
     'train': ('factory:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
@@ -31,6 +38,8 @@ VERBS = {
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),
     'compare': ('compare:compare', 'Show groups side by side: tables, two plots and one page with every receipt'),
+    'robust': ('robust:robust',
+        'Measure what the base reads under each augmentation, and whether training on them helps'),
     'bench': ('bench:bench', 'Measure our engine beside the peers, after a check that all learn the same'),
     'quickstart': ('quickstart:quickstart', 'The whole job on synthetic receipts, in minutes on a CPU'),
 }

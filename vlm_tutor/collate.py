@@ -163,19 +163,21 @@ def image_size(
 @patch
 def image_tokens(self: Preprocess,
     path, # an image file
+    scale: float = 1., # of its sides, for an image that may be enlarged
 ) -> int: # visual tokens
     "How many tokens one image takes in the row"
     limits = dict(max_pixels=self.size['longest_edge'], min_pixels=self.size['shortest_edge'])
-    images = self.processor.image_processor
-    return images.get_number_of_image_patches(*image_size(path), limits)//images.merge_size**2
+    images, sides = self.processor.image_processor, [round(scale*side) for side in image_size(path)]
+    return images.get_number_of_image_patches(*sides, limits)//images.merge_size**2
 
 # %% ../nbs/13_collate.ipynb #ee983ce4
 @patch
 def lengths(self: Preprocess,
     example, # an `Example`
+    scale: float = 1., # of its images' sides
 ) -> dict: # tokens of image, prompt and answer, and all together
     "Token counts of one example, without decoding its images"
-    image = sum(map(self.image_tokens, example.images))
+    image = sum(self.image_tokens(path, scale) for path in example.images)
     text = len(self.tokenizer(self.question(example), add_special_tokens=False)['input_ids'])
     prompt, answer = text - len(example.images), len(self.answer_ids(example))
     return dict(image=image, prompt=prompt, answer=answer, length=image + prompt + answer)
@@ -191,11 +193,12 @@ def length(self: Preprocess,
 @patch
 def fits(self: Preprocess,
     examples: list, # `Example`s
+    scale: float = 1., # of their images' sides
 ) -> tuple: # examples that fit; one dict for each that does not: id, cutoff_len and token counts
     "Part the examples that fit into `cutoff_len` from those that do not"
     kept, left_out = [], []
     for example in examples:
-        counts = self.lengths(example)
+        counts = self.lengths(example, scale)
         if counts['length'] <= self.cutoff_len: kept.append(example)
         else: left_out.append(dict(id=example.id, cutoff_len=self.cutoff_len, **counts))
     return kept, left_out

@@ -104,6 +104,9 @@ class OwnKeys(TrainKeys):
     answer_only_logits: bool = key(True, 'scores where there is a label only (our engine only)')
     group_by_length: bool = key(True, 'cut the batch of a step by length of its rows (our engine only)')
     fsdp: bool = key(False, 'share the frozen weights between processes, not only the rows (our engine only)')
+    augmentation: str|None = key(None, 'disturb training images: all, or names such as rotation,blur (our engine only)')
+    augmentation_strength: float = key(1.0, 'how much: 1 is a usual photo, 1.5 the most (our engine only)')
+    augmentation_variants: int|None = key(None, 'keep so many forms of each image; else a new one each epoch')
 
 OWN_KEYS = tuple(OwnKeys.__annotations__)
 
@@ -138,7 +141,7 @@ CHOICES = dict(stage=('sft',), finetuning_type=('lora',), save_strategy=('steps'
 ABOVE_ZERO = ('image_max_pixels', 'image_min_pixels', 'lora_rank', 'lora_alpha', 'cutoff_len', 'max_samples',
               'preprocessing_num_workers', 'per_device_train_batch_size', 'gradient_accumulation_steps',
               'learning_rate', 'num_train_epochs', 'per_device_eval_batch_size', 'logging_steps', 'save_steps',
-              'eval_steps', 'save_total_limit', 'ddp_timeout')
+              'eval_steps', 'save_total_limit', 'ddp_timeout', 'augmentation_strength', 'augmentation_variants')
 NOT_BELOW_ZERO = ('val_size', 'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'warmup_steps', 'seed')
 SHARES = ('lora_dropout', 'warmup_ratio')
 RANGES = ((ABOVE_ZERO, 'above 0', lambda v: v > 0), (NOT_BELOW_ZERO, '0 or above', lambda v: v >= 0),
@@ -198,6 +201,7 @@ def _convert(value, kind):
     elif kind is bool:
         if isinstance(value, bool): return value
     elif kind is str:
+        if isinstance(value, list): return ','.join(map(str, value))
         if isinstance(value, (str, int, float)) and not isinstance(value, bool): return str(value)
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         number = float(value)
@@ -376,6 +380,8 @@ def _native_idle(c, device):
     if device == 'cpu': reasons['fp16'] = 'on a CPU our engine computes in 32 bits, or in bf16'
     if device == 'cpu' and not cpu_has_bf16(): reasons['bf16'] = 'this CPU has no 16-bit arithmetic'
     if alone: reasons['fsdp'] = 'one process trains, so there is nothing to share'
+    idle = [] if c.augmentation else ['augmentation_strength', 'augmentation_variants']
+    reasons |= dict.fromkeys(idle, 'no augmentation is asked for')
     return [(name, why) for name, why in reasons.items() if why and getattr(c, name) != FIELDS[name].default]
 
 def _factory_idle(c):
@@ -384,7 +390,8 @@ def _factory_idle(c):
         yield 'freeze_multi_modal_projector', 'with lora_target all LLaMA-Factory leaves the projector as it is'
     if isinstance(c.max_samples, float): yield 'max_samples', 'LLaMA-Factory takes whole numbers only'
     for name in OWN_KEYS:
-        if getattr(c, name) != FIELDS[name].default: yield name, 'LLaMA-Factory does not know it'
+        way = '; vlm augment --dir writes disturbed copies for it' if name == 'augmentation' else ''
+        if getattr(c, name) != FIELDS[name].default: yield name, 'LLaMA-Factory does not know it' + way
 
 # %% ../nbs/03_config.ipynb #df8e3261
 def _never(c, rows):

@@ -83,10 +83,11 @@ def image(self: Example):
 
 # %% ../nbs/00_core.ipynb #a8a4bd2f
 def load_image(
-    path: str|Path, # an image file
+    path: str|Path, # an image file, or something that has a way of its own to `load`
 ): # PIL image
     "Open one image as RGB, turned upright as its EXIF note says"
     from PIL import Image, ImageOps
+    if hasattr(path, 'load'): return path.load()
     try:
         with Image.open(path) as image: return ImageOps.exif_transpose(image).convert('RGB')
     except FileNotFoundError: raise VlmError(f"no image '{path}'", remedy='Check the path in the data set') from None

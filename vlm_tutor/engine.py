@@ -6,7 +6,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/engine.html.md"""
 
 # %% auto #0
 __all__ = ['STATE', 'epoch_order', 'step_rows', 'cut', 'answer_tokens', 'PlainLoss', 'LeanLoss', 'rest_tower', 'choose_loss',
-           'Engine', 'processes', 'join_processes', 'shard', 'steps_done', 'last_checkpoint', 'read_tensors',
+           'Engine', 'processes', 'join_processes', 'shard', 'steps_done', 'last_checkpoint', 'read_tensors', 'Visit',
            'StepRows']
 
 # %% ../nbs/17a_engine.ipynb #fc930711
@@ -421,6 +421,13 @@ def load(self: Engine,
     if 'cuda' in randoms and self.model.device.type == 'cuda': torch.cuda.set_rng_state(randoms['cuda'])
 
 # %% ../nbs/17a_engine.ipynb #17d0ee47
+class Visit(int):
+    "The index of a row that knows in which epoch it is asked for"
+    def __new__(cls, index, epoch=0):
+        self = super().__new__(cls, index)
+        self.epoch = epoch
+        return self
+
 class StepRows:
     "The indices of this process's rows, one list a step"
     def __init__(self,
@@ -433,7 +440,7 @@ class StepRows:
         engine, (rank, processes_) = self.engine, processes()
         for step in range(engine.steps_done, engine.plan['steps']):
             rows = step_rows(step, engine.n, engine.size, engine.config.seed, not engine.config.disable_shuffling)
-            yield rows[rank::processes_]
+            yield [Visit(i, step//-(-engine.n//engine.size)) for i in rows[rank::processes_]]
 
 # %% ../nbs/17a_engine.ipynb #063627f6
 @patch

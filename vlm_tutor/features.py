@@ -94,10 +94,11 @@ def features_key(
     base: str, # content hash of the base model
     preprocess, # a `Preprocess`
     dtype: torch.dtype, # of the model's weights
+    *more: str, # such as what disturbs the images
 ) -> str: # 16 hex digits
     "What image features depend on, besides the image"
     images = preprocess.processor.image_processor.to_dict() | dict(size=preprocess.size)
-    return content_hash(json.dumps([base, str(dtype), images], sort_keys=True, default=str).encode())
+    return content_hash(json.dumps([base, str(dtype), images, *more], sort_keys=True, default=str).encode())
 
 # %% ../nbs/13a_features.ipynb #6ea0c745
 def why_not_kept(
@@ -205,10 +206,10 @@ def look(self: Features,
 # %% ../nbs/13a_features.ipynb #4e510082
 @patch
 def name(self: Features,
-    path, # an image file
-) -> str: # content hash
+    path, # an image file, or a variant of one
+) -> str: # content hash, and the variant's mark
     "What an image is, by content; each file is read once"
-    if path not in self.names: self.names[path] = content_hash(path)
+    if path not in self.names: self.names[path] = content_hash(path) + getattr(path, 'mark', '')
     return self.names[path]
 
 @patch

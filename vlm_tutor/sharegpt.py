@@ -194,7 +194,9 @@ def _put_in_place(stage, folder, name, split, changed):
     (folder/'images').mkdir(exist_ok=True)
     new = 0
     while batch := list(islice(os.scandir(stage/'images'), 1000)):
-        for image in batch: os.replace(image.path, folder/'images'/image.name)
+        for image in batch:
+            os.replace(image.path, folder/'images'/image.name)
+            Path(image.path).unlink(missing_ok=True) # two names of one file: replace leaves both
         new += len(batch)
     if changed:
         with open(stage/'all.jsonl', 'w', encoding='utf-8', newline='\n') as notes:
