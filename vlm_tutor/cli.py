@@ -40,6 +40,8 @@ VERBS |= {
     'compare': ('compare:compare', 'Show groups side by side: tables, two plots and one page with every receipt'),
     'robust': ('robust:robust',
         'Measure what the base reads under each augmentation, and whether training on them helps'),
+    'merge': ('export:merge',
+        'Merge an adapter into its base, prove that nothing changed, write a folder others load'),
     'bench': ('bench:bench', 'Measure our engine beside the peers, after a check that all learn the same'),
     'quickstart': ('quickstart:quickstart', 'The whole job on synthetic receipts, in minutes on a CPU'),
 }

@@ -108,7 +108,7 @@ def use(self: Extractor,
     self.name = name
     return self
 
-# %% ../nbs/22a_extract.ipynb #96bf6766
+# %% ../nbs/22a_extract.ipynb #b0942c9a
 @patch(as_prop=True)
 def context(self: Extractor) -> int:
     "Tokens that fit: question, images and answer together"
@@ -132,7 +132,7 @@ def row(self: Extractor,
     row = self.preprocess.encode(example, answer=False)
     if (length := len(row['input_ids'])) + max_new_tokens <= self.context: return row
     raise VlmError(f'the question has {length} tokens with its images, and the answer may have {max_new_tokens}',
-                   f'{self.context} together', 'Shorten the prompt, lower image_max_pixels, or ask for a shorter answer')
+                   f'{self.context} together', 'Shorten the prompt, lower image_max_pixels, or want a shorter answer')
 
 # %% ../nbs/22a_extract.ipynb #abb81abf
 @patch
