@@ -1,4 +1,4 @@
-"""Merged folders against the adapter they come from: through plain transformers, by hand, on a hub, in LLaMA-Factory."""
+"""Merged folders against the adapter: through plain transformers, by hand, to a hub, in LLaMA-Factory."""
 import base64, json, os, shutil, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,7 +44,8 @@ def write_adapter(folder, config=None, seed=0):
     torch.manual_seed(seed)
     model = get_peft_model(load_model("tiny-receipts"), config or LoraConfig(r=4, target_modules=LANGUAGE))
     for name, weight in model.named_parameters():
-        if weight.requires_grad: torch.nn.init.normal_(weight, 1. if "ia3" in name else 0., .03)
+        if "magnitude" in name: weight.data *= 1.1
+        elif weight.requires_grad: torch.nn.init.normal_(weight, float("ia3" in name), .4 if "hada" in name else .1)
     model.save_pretrained(folder)
     base = dict(name="tiny-receipts", hash=model_hash("tiny-receipts"))
     atomic_write(Path(folder)/BASE_FILE, json.dumps(base))
