@@ -6,7 +6,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/serve.html.md"""
 
 # %% auto #0
 __all__ = ['PAGE_POLICY', 'LOOPBACK', 'Limits', 'Refusal', 'read_image', 'read_messages', 'read_format', 'Job', 'check_wishes',
-           'read_request', 'Worker', 'read_body', 'reply', 'Desk', 'check_key', 'make_app', 'open_port', 'running',
+           'read_request', 'Worker', 'read_body', 'reply', 'Desk', 'check_client', 'make_app', 'open_port', 'running',
            'post', 'image_request', 'ask_server', 'open_models', 'production', 'check_serve', 'serve', 'load_test']
 
 # %% ../nbs/24_serve.ipynb #0b269c00
@@ -281,12 +281,12 @@ class Desk:
             reason = f'{type(error).__name__}: {error}'[:300]
             raise Refusal(400 if job.schema else 500, f'the model could not answer: {reason}') from error
 
-# %% ../nbs/24_serve.ipynb #a3c77d77
+# %% ../nbs/24_serve.ipynb #4e4697ff
 PAGE_POLICY = ("default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'unsafe-inline'; "
                "script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 
-def check_key(
+def check_client(
     headers, # of a request
     key: str|None, # that is wanted; None for no key
 ):
@@ -302,7 +302,7 @@ def _refused(request, refusal):
     return JSONResponse(dict(error=dict(message=str(refusal), type=kind, code=refusal.status)), refusal.status,
                         {'Retry-After': '1'} if refusal.status == 429 else None)
 
-# %% ../nbs/24_serve.ipynb #bd46a32e
+# %% ../nbs/24_serve.ipynb #37030d90
 def _routes(app, desk, key):
     "The four addresses of the server"
     from fastapi import Request
@@ -317,13 +317,13 @@ def _routes(app, desk, key):
 
     @app.get('/v1/models')
     async def models(request: Request):
-        check_key(request.headers, key)
+        check_client(request.headers, key)
         rows = [dict(id=name, object='model', created=0, owned_by='vlm_tutor') for name in desk.extractor.adapters]
         return dict(object='list', data=rows)
 
     @app.post('/v1/chat/completions')
     async def complete(request: Request):
-        check_key(request.headers, key)
+        check_client(request.headers, key)
         return await desk.answer(request)
 
 # %% ../nbs/24_serve.ipynb #84079d56
