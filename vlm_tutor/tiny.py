@@ -174,15 +174,18 @@ def load_model(
     dtype=torch.float32,  # of the weights in memory
     attention: str = 'auto',  # one of `ATTENTION`
     liger: bool = False,  # Liger's kernels for norms, rotation and MLPs?
+    quantisation=None,  # what holds weights in fewer bits; see 14_lora
 ):  # a model in evaluation mode
     "A vision language model, ready to predict."
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise VlmError(f"device '{device}' was asked for but no CUDA GPU is there", remedy='set use_cpu=true')
     hf_logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(resolve_model(name), dtype=dtype,
-                                                        attn_implementation=ATTENTION[attention])
+                                                        attn_implementation=ATTENTION[attention],
+                                                        quantization_config=quantisation,
+                                                        device_map={'': device} if quantisation else None)
     if liger: apply_liger_kernel(model, dict(fused_linear_cross_entropy=False, cross_entropy=False))
-    return model.to(device).eval()
+    return (model if quantisation else model.to(device)).eval()
 
 # %% ../nbs/12_tiny.ipynb #101f97f2
 @torch.no_grad()
