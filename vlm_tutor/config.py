@@ -544,7 +544,9 @@ def remarks(
     "Values that work and are still likely to hurt, each with the reason"
     c, tokens = config, image_tokens(config)
     deep = c.finetuning_type in WEIGHTS and c.learning_rate > 1e-3
+    slow = c.finetuning_type in ('ia3', 'prompt', 'prefix') and c.learning_rate < 1e-2
     rules = [('learning_rate', deep, f'{c.learning_rate:g} is for adapters; whole weights take 1e-5 to 1e-3'),
+             ('learning_rate', slow, f'{c.learning_rate:g} is for LoRA; learned tokens and factors take 1e-2 to 3e-1'),
              ('cutoff_len', c.cutoff_len - tokens < 512, LONG_ANSWERS.format(tokens=tokens, cutoff=c.cutoff_len)),
              ('ddp_timeout', c.ddp_timeout > 10**6,
               f'{c.ddp_timeout/31.5e6:.1f} years: a process that hangs is never noticed'),

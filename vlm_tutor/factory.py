@@ -24,7 +24,8 @@ from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, atomic_w
                             read_jsonl, read_yaml, say, write_jsonl, write_yaml)
 from .doctor import INSTALL, factory_facts, short
 from .predict import (ADAPTER_FILES, BASE_FILE, adapter_hash, answer_limit, check_base, choose_adapter,
-                               choose_device, holds_model, image_hash, load_preprocess, model_hash, rows_on_file, split_examples)
+                               choose_device, holds_model, image_hash, load_preprocess, model_hash, rows_on_file,
+                               split_examples)
 from .sharegpt import dataset_entry, set_entries, sharegpt_record
 from .sources import PLACEHOLDERS
 from .train import (check_same, data_hash, events, fitting, plot_loss, say_left_out, start_log,

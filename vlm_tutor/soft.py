@@ -29,15 +29,17 @@ def soft_config(
     if config.finetuning_type == 'p_tuning': found.encoder_hidden_size = config.encoder_hidden_size
     return found
 
-# %% ../nbs/15_soft.ipynb #c060917b
+# %% ../nbs/15_soft.ipynb #b1a6c7bf
 class SoftTokens:
     "Learned tokens before what a language model reads: as vectors, or as keys and values of each layer"
     def __init__(self,
         model, # a PeftModel that learns a prompt
     ):
-        self.model, self.text, self.extra = model, model.get_base_model().model.language_model, 0
+        vlm = model.get_base_model().model
+        self.model, self.text, self.extra, self.placed = model, vlm.language_model, 0, False
         self.kind = model.active_peft_config
-        self.hooks = [self.text.register_forward_pre_hook(self.before, with_kwargs=True),
+        self.hooks = [vlm.register_forward_pre_hook(self.note, with_kwargs=True),
+                      self.text.register_forward_pre_hook(self.before, with_kwargs=True),
                       self.text.register_forward_hook(self.after, with_kwargs=True)]
 
     def remove(self):
@@ -89,7 +91,7 @@ def fill_cache(self: SoftTokens,
     for i, pair in enumerate(self.learned(x.dtype)):
         given['past_key_values'].update(*(part.expand(len(x), -1, -1, -1) for part in pair), i)
 
-# %% ../nbs/15_soft.ipynb #2f1d366e
+# %% ../nbs/15_soft.ipynb #1bdd6149
 @patch
 def check(self: SoftTokens,
     given: dict, # what the language model is called with
@@ -99,13 +101,19 @@ def check(self: SoftTokens,
     cache, mask = given.get('past_key_values'), given.get('attention_mask')
     fixed = getattr(cache, 'is_compileable', False) or isinstance(mask, dict) or mask is not None and mask.dim() != 2
     if fixed: raise VlmError('learned tokens do not fit into a cache of fixed size', remedy='Set torch_compile=false')
-    if seen and mask is None: raise VlmError('learned tokens need an attention_mask where a cache is used')
+    if seen and not self.placed:
+        raise VlmError('where a cache is used, learned tokens need an attention_mask or position_ids')
     twice = any(getattr(layer, 'gradient_checkpointing', False) for layer in self.text.layers)
     if twice and self.text.training and has_prefix(self.model):
         raise VlmError('a prefix lives in the cache, which gradient checkpointing throws away',
                        remedy='Turn it off, or take finetuning_type=prompt')
 
-# %% ../nbs/15_soft.ipynb #1c8bca36
+# %% ../nbs/15_soft.ipynb #80776ac4
+@patch
+def note(self: SoftTokens, vlm, args, given):
+    "Runs before the whole: are positions told, or would they be counted from the cache, learned tokens included?"
+    self.placed = any(given.get(name) is not None for name in ('position_ids', 'attention_mask'))
+
 @patch
 def before(self: SoftTokens, text, args, given):
     "Runs before the language model"

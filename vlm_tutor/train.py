@@ -17,7 +17,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .augment import Augmentation
-from .config import as_dict, ineffective_keys, load_config, method_name
+from .config import as_dict, ineffective_keys, load_config, method_name, remarks
 from .core import (COLOURS, Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, content_hash,
                             read_jsonl, say, set_seed, write_jsonl)
 from .metrics import score
@@ -376,6 +376,8 @@ def _announce(config, device, counts, left_out, engine, why):
     "Say what is trained, what is left out and which keys have no effect"
     rows = len(split_examples(replace(config, max_samples=None, val_size=0), 'train'))
     for name, reason in ineffective_keys(config, 'native', rows, device): say(f'note  {name} has no effect: {reason}')
+    for name, text in remarks(config):
+        if name == 'learning_rate': say(f'note  {name}: {text}')
     if config.lean_forward and engine.reason: say(f'note  lean_forward has no effect: {engine.reason}')
     strength = f'strength {config.augmentation_strength:g}'
     if config.augmentation: say(f'images are disturbed by {config.augmentation}, {strength}')
