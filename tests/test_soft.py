@@ -7,7 +7,7 @@ from vlm_tutor.collate import Preprocess
 from vlm_tutor.config import Config
 from vlm_tutor.core import Example, VlmError
 from vlm_tutor.receipts import make_examples
-from vlm_tutor.soft import SoftTokens, begin_as, build_soft, first_words, has_prefix, load_adapter, soft_config
+from vlm_tutor.soft import begin_as, build_soft, first_words, has_prefix, load_adapter, soft_config
 from vlm_tutor.tiny import load_model, load_processor
 
 WORDS = torch.tensor([65, 70, 72, 81, 66])
@@ -35,7 +35,7 @@ def soft_model(base, method, words=WORDS):
     model = build_soft(copy.deepcopy(base), Config(finetuning_type=method, num_virtual_tokens=len(words)))
     model.soft.remove()
     begin_as(model, words)
-    model.soft = SoftTokens(model)
+    model.soft.attach()
     return model.eval()
 
 
@@ -188,7 +188,8 @@ def test_sizes_for_qwen2_vl_2b():
     from peft import PeftModel
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     text = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, vocab_size=1000,
-                intermediate_size=64, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+                intermediate_size=64,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
     vision = dict(depth=1, embed_dim=64, num_heads=2, hidden_size=1536)
     counts = {}
     for method in ("prompt", "prefix", "p_tuning"):

@@ -373,6 +373,13 @@ def _wait(self: Engine):
     "Let the processes meet here"
     if self.processes > 1: dist.barrier()
 
+# %% ../nbs/17a_engine.ipynb #3e96d309
+@patch
+def _state(self: Engine):
+    "The numbers that a checkpoint notes"
+    return dict(step=self.steps_done, rows_at_once=self.most, memory=self.loss.memory, processes=self.processes,
+                scaler={k: v for k, v in self.scaler.state_dict().items() if isinstance(v, (int, float))})
+
 # %% ../nbs/17a_engine.ipynb #bbe67129
 @patch
 def save(self: Engine,
@@ -388,9 +395,7 @@ def save(self: Engine,
         half.mkdir(parents=True)
         if hasattr(self.model, 'peft_config'): save_adapter_files(self.model, half, self.adapter())
         save_file(self.tensors(), half/'optimizer.safetensors')
-        state = dict(step=self.steps_done, rows_at_once=self.most, memory=self.loss.memory, processes=self.processes,
-                     scaler={k: v for k, v in self.scaler.state_dict().items() if isinstance(v, (int, float))})
-        atomic_write(half/STATE, json.dumps(state, indent=1) + '\n')
+        atomic_write(half/STATE, json.dumps(self._state(), indent=1) + '\n')
     self._wait()
     save_file(self.random_state(), half/f'random-{rank}.safetensors')
     self._wait()

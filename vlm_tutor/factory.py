@@ -465,12 +465,13 @@ def _prepare(config, run, device, loaded, data):
 
 def _place(run): return (run.path/'llamafactory').resolve()
 
-# %% ../nbs/19_factory.ipynb #cf9c2f62
+# %% ../nbs/19_factory.ipynb #69694640
 def _seconds_before(run):
     "Seconds of earlier, interrupted attempts"
     return sum(row.get('before', 0) for row in events(run, 'start')) + \
         sum(row['seconds'] for row in events(run, 'stopped'))
 
+# %% ../nbs/19_factory.ipynb #cf9c2f62
 def _parts(config):
     "The parts of the model that learned"
     from vlm_tutor.lora import trained_parts

@@ -97,6 +97,7 @@ def check_rank(
         if config.lora_rank > width: raise VlmError(f"lora_rank {config.lora_rank} is above the width of '{name}'",
                                                     f'up to {width}', 'Lower it, or leave the layer out of lora_target')
 
+# %% ../nbs/14_lora.ipynb #82c310c2
 def lora_config(
     model, # a VLM
     config, # a `Config`
@@ -137,6 +138,7 @@ def pissa_as_lora(
         return torch.cat([new, -old], 1) if 'lora_B' in name else new
     return {name: double(name, new, first[name]) for name, new in weights.items()}
 
+# %% ../nbs/14_lora.ipynb #b4d95c57
 def save_adapter_files(
     model, # a PeftModel
     folder, # where to
@@ -184,6 +186,7 @@ def open_weights(
         if p.requires_grad: p.data = p.data.float()
     return model
 
+# %% ../nbs/14_lora.ipynb #2c8c6bec
 def build_full(
     model, # a VLM, on its device
     config, # a `Config`: freeze switches
@@ -229,7 +232,8 @@ def quantised(
     model, # a VLM loaded with `quantisation`
 ): # the same model
     "A quantised model made safe: no repacking on CPUs, tower and head whole"
-    layers = {name: layer for name, layer in model.named_modules() if type(layer).__name__ in ('Linear4bit', 'Linear8bitLt')}
+    kinds = 'Linear4bit', 'Linear8bitLt'
+    layers = {name: layer for name, layer in model.named_modules() if type(layer).__name__ in kinds}
     for layer in layers.values(): layer.support_avx512bf16_for_cpu = False
     wrong = [name for name in layers if model_part(name) != 'language']
     if wrong: raise VlmError(f"'{wrong[0]}' was quantised, which belongs to the vision part or the head",

@@ -473,10 +473,9 @@ def predict(
     if not examples[:n]: raise VlmError(f"split '{split}' has no rows to predict", remedy='Choose another split')
     size, results, loaded, store = batch_size or config.per_device_eval_batch_size, [], None, None
     for name, folder in groups.items():
-        alone = len(groups) == 1 or stands_alone(folder)
+        alone, blind = len(groups) == 1 or stands_alone(folder), folder is not None and touches_vision(folder)
         found = switch(config, folder, name, loaded, alone, device)
         loaded = None if alone else found
-        blind = folder is not None and touches_vision(folder)
         if not blind and store is None: store = _store(run, found)
         kept, told = None if blind else store, _told(config, folder, found, split, examples, wanted_schema)
         results.append(_predict_group(run, name, found, told, examples, n, size, kept, wanted_schema))

@@ -29,22 +29,15 @@ def soft_config(
     if config.finetuning_type == 'p_tuning': found.encoder_hidden_size = config.encoder_hidden_size
     return found
 
-# %% ../nbs/15_soft.ipynb #b1a6c7bf
+# %% ../nbs/15_soft.ipynb #f9c9d42e
 class SoftTokens:
     "Learned tokens before what a language model reads: as vectors, or as keys and values of each layer"
     def __init__(self,
         model, # a PeftModel that learns a prompt
     ):
-        vlm = model.get_base_model().model
-        self.model, self.text, self.extra, self.placed = model, vlm.language_model, 0, False
-        self.kind = model.active_peft_config
-        self.hooks = [vlm.register_forward_pre_hook(self.note, with_kwargs=True),
-                      self.text.register_forward_pre_hook(self.before, with_kwargs=True),
-                      self.text.register_forward_hook(self.after, with_kwargs=True)]
-
-    def remove(self):
-        "Leave the language model as it was"
-        for hook in self.hooks: hook.remove()
+        self.vlm = model.get_base_model().model
+        self.model, self.text, self.kind = model, self.vlm.language_model, model.active_peft_config
+        self.hooks, self.extra, self.placed = [], 0, False
 
 def has_prefix(
     model, # a VLM, perhaps with an adapter
@@ -65,7 +58,7 @@ def learned(self: SoftTokens,
     if not has_prefix(self.model): return found.to(dtype)
     return found.to(dtype).view(count, kind.num_layers, 2, kind.num_attention_heads, -1).permute(1, 2, 3, 0, 4)
 
-# %% ../nbs/15_soft.ipynb #3b5a5c0a
+# %% ../nbs/15_soft.ipynb #fd059510
 @patch
 def put_vectors(self: SoftTokens,
     given: dict, # what the language model is called with; changed
@@ -80,6 +73,7 @@ def put_vectors(self: SoftTokens,
     if seen is not None: given['visual_pos_masks'] = torch.cat([seen.new_zeros(len(seen), count), seen], 1)
     self.extra = count
 
+# %% ../nbs/15_soft.ipynb #7e750d47
 @patch
 def fill_cache(self: SoftTokens,
     given: dict, # what the language model is called with; changed
@@ -91,13 +85,10 @@ def fill_cache(self: SoftTokens,
     for i, pair in enumerate(self.learned(x.dtype)):
         given['past_key_values'].update(*(part.expand(len(x), -1, -1, -1) for part in pair), i)
 
-# %% ../nbs/15_soft.ipynb #1bdd6149
+# %% ../nbs/15_soft.ipynb #0342d756
 @patch
-def check(self: SoftTokens,
-    given: dict, # what the language model is called with
-    seen: int, # tokens in its cache
-):
-    "Raise a `VlmError` for what cannot be right with learned tokens"
+def _check(self: SoftTokens, given, seen):
+    "Raise a `VlmError` for what cannot be right with learned tokens; `seen` tokens are in the cache"
     cache, mask = given.get('past_key_values'), given.get('attention_mask')
     fixed = getattr(cache, 'is_compileable', False) or isinstance(mask, dict) or mask is not None and mask.dim() != 2
     if fixed: raise VlmError('learned tokens do not fit into a cache of fixed size', remedy='Set torch_compile=false')
@@ -108,31 +99,45 @@ def check(self: SoftTokens,
         raise VlmError('a prefix lives in the cache, which gradient checkpointing throws away',
                        remedy='Turn it off, or take finetuning_type=prompt')
 
-# %% ../nbs/15_soft.ipynb #80776ac4
+# %% ../nbs/15_soft.ipynb #084a33f6
 @patch
-def note(self: SoftTokens, vlm, args, given):
-    "Runs before the whole: are positions told, or would they be counted from the cache, learned tokens included?"
+def _note(self: SoftTokens, vlm, args, given):
+    "Runs before the whole model: are positions told, or would they be counted from the cache?"
     self.placed = any(given.get(name) is not None for name in ('position_ids', 'attention_mask'))
 
 @patch
-def before(self: SoftTokens, text, args, given):
+def _before(self: SoftTokens, text, args, given):
     "Runs before the language model"
     given, count, self.extra = dict(given), self.kind.num_virtual_tokens, 0
     cache, mask, places = (given.get(name) for name in ('past_key_values', 'attention_mask', 'position_ids'))
     seen = 0 if cache is None else cache.get_seq_length()
-    self.check(given, seen)
+    self._check(given, seen)
     if mask is not None: given['attention_mask'] = torch.cat([mask.new_ones(len(mask), count), mask], 1)
     if places is not None: given['position_ids'] = places + count
     if not seen: (self.fill_cache if has_prefix(self.model) else self.put_vectors)(given)
     return args, given
 
 @patch
-def after(self: SoftTokens, text, args, given, out):
+def _after(self: SoftTokens, text, args, given, out):
     "Runs behind the language model"
     out.last_hidden_state = out.last_hidden_state[:, self.extra:]
     return out
 
-# %% ../nbs/15_soft.ipynb #bf3b652d
+# %% ../nbs/15_soft.ipynb #79ecbe0e
+@patch
+def attach(self: SoftTokens) -> SoftTokens: # itself
+    "Put learned tokens before what the language model reads, from now on"
+    self.hooks = [self.vlm.register_forward_pre_hook(self._note, with_kwargs=True),
+                  self.text.register_forward_pre_hook(self._before, with_kwargs=True),
+                  self.text.register_forward_hook(self._after, with_kwargs=True)]
+    return self
+
+@patch
+def remove(self: SoftTokens):
+    "Leave the language model as it was"
+    for hook in self.hooks: hook.remove()
+
+# %% ../nbs/15_soft.ipynb #3f0fb7dc
 def first_words(
     model, # a VLM
     config, # a `Config`: num_virtual_tokens, prompt_tuning_init_text
@@ -143,6 +148,7 @@ def first_words(
     ids = load_processor(config.model_name_or_path).tokenizer(text, add_special_tokens=False)['input_ids']
     return torch.tensor((ids*count)[:count])
 
+# %% ../nbs/15_soft.ipynb #d36e471c
 @torch.no_grad()
 def begin_as(
     model, # a PeftModel that learns a prompt or a prefix, without hooks yet
@@ -157,7 +163,7 @@ def begin_as(
         found = pairs.permute(3, 0, 1, 2, 4).flatten(1)
     weight.copy_(found)
 
-# %% ../nbs/15_soft.ipynb #72275f40
+# %% ../nbs/15_soft.ipynb #7d9af483
 def load_adapter(
     model, # a VLM
     folder, # an adapter in PEFT's format
@@ -173,9 +179,10 @@ def load_adapter(
         model = PeftModel(model, kind, name)
         model.load_adapter(folder, name, is_trainable=trainable)
     if not trainable: model.requires_grad_(False)
-    model.soft = SoftTokens(model)
+    model.soft = SoftTokens(model).attach()
     return model
 
+# %% ../nbs/15_soft.ipynb #6af01489
 def build_soft(
     model, # a VLM, on its device
     config, # a `Config`: finetuning_type, num_virtual_tokens, prompt_tuning_init_text
@@ -186,7 +193,7 @@ def build_soft(
         from peft import PeftModel
         soft = PeftModel(model, soft_config(config))
     if config.finetuning_type != 'p_tuning': begin_as(soft, first_words(model, config))
-    soft.soft = SoftTokens(soft)
+    soft.soft = SoftTokens(soft).attach()
     return soft
 
 # %% ../nbs/15_soft.ipynb #44e79975

@@ -166,6 +166,7 @@ def load_processor(name: str):
     tok = AutoTokenizer.from_pretrained(path)
     return ImageTextProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tok, chat_template=tok.chat_template)
 
+# %% ../nbs/12_tiny.ipynb #5d6e627f
 ATTENTION = dict(auto=None, sdpa='sdpa', fa2='flash_attention_2', disabled='eager')  # in transformers' words
 
 def load_model(
@@ -180,10 +181,10 @@ def load_model(
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise VlmError(f"device '{device}' was asked for but no CUDA GPU is there", remedy='set use_cpu=true')
     hf_logging.disable_progress_bar()
+    places = {'': device} if quantisation else None
     model = AutoModelForImageTextToText.from_pretrained(resolve_model(name), dtype=dtype,
                                                         attn_implementation=ATTENTION[attention],
-                                                        quantization_config=quantisation,
-                                                        device_map={'': device} if quantisation else None)
+                                                        quantization_config=quantisation, device_map=places)
     if liger: apply_liger_kernel(model, dict(fused_linear_cross_entropy=False, cross_entropy=False))
     return (model if quantisation else model.to(device)).eval()
 

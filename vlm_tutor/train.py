@@ -416,8 +416,7 @@ def _meet():
 def _prepare(config, run, device, loaded, data, examples, validation):
     "Everything a run needs, ready for the first step: its watch, its rows, and how it is judged"
     from vlm_tutor.engine import Engine, last_checkpoint, processes, rest_tower, shard, steps_done
-    from vlm_tutor.lora import count_trainable
-    from vlm_tutor.soft import build_method
+    from vlm_tutor import lora, soft
     (model, preprocess, base), (rank, many) = loaded, processes()
     check_same(run, 'base', base)
     if config.adapter_name_or_path: check_base(config.adapter_name_or_path, config.model_name_or_path, base)
@@ -425,12 +424,12 @@ def _prepare(config, run, device, loaded, data, examples, validation):
     disturbed = augmentation_of(config)
     if disturbed: check_enlarged(preprocess, kept, disturbed)
     set_seed(config.seed)
-    model = build_method(model, config)
+    model = soft.build_method(model, config)
     rest_tower(model)
     store, why = _kept_features(config, run, model, preprocess, base, (kept, validation))
     set_seed(config.seed + rank)
     engine = Engine(model, preprocess, replace(config, max_samples=None, val_size=0), len(kept), many)
-    counts = dict(rows=len(kept), validation=len(validation), steps=engine.plan['steps'], **count_trainable(model))
+    counts = dict(rows=len(kept), validation=len(validation), steps=engine.plan['steps'], **lora.count_trainable(model))
     if config.fsdp and many > 1: shard(model)
     checkpoint = last_checkpoint(run)
     if checkpoint: engine.load(checkpoint)
