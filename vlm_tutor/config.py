@@ -7,8 +7,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/config.html.md"""
 # %% auto #0
 __all__ = ['OWN_KEYS', 'FIELDS', 'MEANING', 'SWITCHES', 'LORA', 'SOFT', 'WEIGHTS', 'CHOICES', 'ABOVE_ZERO', 'NOT_BELOW_ZERO',
            'SHARES', 'RANGES', 'OTHER_WORDS', 'NAMES_OF_TYPES', 'KERNELS', 'LONG_ANSWERS', 'HELD_BACK', 'key',
-           'ModelKeys', 'MethodKeys', 'VariantKeys', 'DataKeys', 'TrainKeys', 'OwnKeys', 'Config', 'method_keys',
-           'method_name', 'check_values', 'check_key', 'yaml_value', 'to_type', 'presets', 'find_config',
+           'ModelKeys', 'MethodKeys', 'VariantKeys', 'DataKeys', 'TrainKeys', 'OwnKeys', 'Config', 'yaml_value',
+           'method_keys', 'check_values', 'method_name', 'check_key', 'to_type', 'presets', 'find_config',
            'parse_overrides', 'as_dict', 'load_config', 'save_config', 'config_diff', 'choose_rows', 'plan_steps',
            'ineffective_keys', 'check_kernels', 'image_tokens', 'remarks', 'explain', 'show_config']
 
@@ -150,6 +150,14 @@ class Config(OwnKeys):
 # %% ../nbs/03_config.ipynb #8c3a1d82
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
+# %% ../nbs/03_config.ipynb #d33614a8
+def yaml_value(
+    value, # a value of the configuration
+) -> str: # text
+    "A value as YAML writes it"
+    if value is None: return 'null'
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
 # %% ../nbs/03_config.ipynb #830e6a2f
 MEANING = dict(lora={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True), pissa=dict(pissa_init=True),
                loraplus=dict(loraplus_lr_ratio=16.), qlora=dict(quantization_bit=4), ia3={}, full={}, freeze={},
@@ -163,21 +171,6 @@ def method_keys(
     "What the word of `finetuning_type` and the switches beside it come to"
     given = {name: getattr(config, name) for name in SWITCHES}
     return SWITCHES | MEANING[config.finetuning_type] | {name: v for name, v in given.items() if v is not None}
-
-# %% ../nbs/03_config.ipynb #f17b0e1a
-def method_name(
-    config, # a `Config`
-) -> str: # such as "LoRA r8" or "QDoRA r8"
-    "A method in a few words"
-    word, keys, tokens = config.finetuning_type, method_keys(config), f'{config.num_virtual_tokens} tokens'
-    if word not in LORA:
-        layers = f'layers {config.freeze_trainable_layers:+d}'
-        return dict(ia3='IA3', full='full fine-tuning', freeze=f'freeze, {layers}', prompt=f'prompt of {tokens}',
-                    prefix=f'prefix of {tokens}', p_tuning=f'P-tuning of {tokens}')[word]
-    kind = 'DoRA' if keys['use_dora'] else 'PiSSA' if keys['pissa_init'] else 'LoRA'
-    kind += '+'*bool(keys['loraplus_lr_ratio'])
-    bits = f" over {keys['quantization_bit']} bits" if keys['quantization_bit'] else ''
-    return f"{'Q'*bool(bits)}{'rs'*keys['use_rslora']}{kind} r{config.lora_rank}{bits}"
 
 # %% ../nbs/03_config.ipynb #aad58a78
 CHOICES = dict(stage=('sft',), finetuning_type=tuple(MEANING), save_strategy=('steps', 'epoch', 'no'),
@@ -250,6 +243,21 @@ def check_values(
     for wrong, words in _rules(config):
         if wrong: raise VlmError(words)
 
+# %% ../nbs/03_config.ipynb #f17b0e1a
+def method_name(
+    config, # a `Config`
+) -> str: # such as "LoRA r8" or "QDoRA r8"
+    "A method in a few words"
+    word, keys, tokens = config.finetuning_type, method_keys(config), f'{config.num_virtual_tokens} tokens'
+    if word not in LORA:
+        layers = f'layers {config.freeze_trainable_layers:+d}'
+        return dict(ia3='IA3', full='full fine-tuning', freeze=f'freeze, {layers}', prompt=f'prompt of {tokens}',
+                    prefix=f'prefix of {tokens}', p_tuning=f'P-tuning of {tokens}')[word]
+    kind = 'DoRA' if keys['use_dora'] else 'PiSSA' if keys['pissa_init'] else 'LoRA'
+    kind += '+'*bool(keys['loraplus_lr_ratio'])
+    bits = f" over {keys['quantization_bit']} bits" if keys['quantization_bit'] else ''
+    return f"{'Q'*bool(bits)}{'rs'*keys['use_rslora']}{kind} r{config.lora_rank}{bits}"
+
 # %% ../nbs/03_config.ipynb #118f5883
 OTHER_WORDS = dict(lr='learning_rate', evaluation_strategy='eval_strategy', image_resolution='image_max_pixels',
                    max_pixels='image_max_pixels', max_length='cutoff_len', max_seq_length='cutoff_len',
@@ -286,14 +294,6 @@ def _convert(value, kind):
 def _order(kind, value):
     "A number written with a dot is tried as a float first, any other as an int"
     return {float: -1, int: 1}.get(kind, 0) if isinstance(value, float) else 0
-
-# %% ../nbs/03_config.ipynb #d33614a8
-def yaml_value(
-    value, # a value of the configuration
-) -> str: # text
-    "A value as YAML writes it"
-    if value is None: return 'null'
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 # %% ../nbs/03_config.ipynb #9c7ff363
 def to_type(
