@@ -190,11 +190,11 @@ RANGES = ((ABOVE_ZERO, 'above 0', lambda v: v > 0), (NOT_BELOW_ZERO, '0 or above
 # %% ../nbs/03_config.ipynb #7fea9980
 def _contradictions(c):
     "Pairs (is it wrong?, what to say) about a method and the switches beside it"
-    word, meaning, goes = c.finetuning_type, MEANING[c.finetuning_type], f"It goes with {', '.join(LORA)}"
+    word, meaning, goes = c.finetuning_type, MEANING[c.finetuning_type], f"goes with {', '.join(LORA)}"
     for name in SWITCHES:
         value, said = getattr(c, name), f'finetuning_type={word} and {name}={yaml_value(getattr(c, name))} contradict'
         yield value is not None and not value and name in meaning, f'{said} each other. Leave one of them out'
-        yield value and word not in LORA, f'{said} each other. {goes}'
+        yield value and word not in LORA, f'{said} each other. {name} {goes}'
 
 def _method_rules(c):
     "Pairs (is it wrong?, what to say) about the method"

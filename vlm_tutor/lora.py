@@ -94,8 +94,9 @@ def check_rank(
     for name, layer in model.named_modules():
         if not re.fullmatch(targets, name): continue
         width = min(layer.in_features, layer.out_features)
-        if config.lora_rank > width: raise VlmError(f"lora_rank {config.lora_rank} is above the width of '{name}'",
-                                                    f'up to {width}', 'Lower it, or leave the layer out of lora_target')
+        if config.lora_rank > width:
+            raise VlmError(f"lora_rank {config.lora_rank} is above the width of '{name}'", f'Allowed: up to {width}',
+                           'Lower it, or leave the layer out of lora_target')
 
 # %% ../nbs/14_lora.ipynb #82c310c2
 def lora_config(
@@ -205,7 +206,8 @@ def build_freeze(
                      and (found := re.search(r'\.layers\.(\d+)\.', name))})
     count, others = config.freeze_trainable_layers, set(trained_parts(config)) - {'language'}
     if abs(count) > len(layers):
-        raise VlmError(f'freeze_trainable_layers is {count}', f'from -{len(layers)} to {len(layers)}, without 0')
+        raise VlmError(f'freeze_trainable_layers is {count}',
+                       f'Allowed: from -{len(layers)} to {len(layers)}, without 0')
     chosen = layers[-count:] if count > 0 else layers[:-count]
     marks = tuple(f'.layers.{i}.' for i in chosen)
     return open_weights(model, lambda name: model_part(name) in others or

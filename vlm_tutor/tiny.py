@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.processing_utils import ProcessorMixin
@@ -185,7 +184,9 @@ def load_model(
     model = AutoModelForImageTextToText.from_pretrained(resolve_model(name), dtype=dtype,
                                                         attn_implementation=ATTENTION[attention],
                                                         quantization_config=quantisation, device_map=places)
-    if liger: apply_liger_kernel(model, dict(fused_linear_cross_entropy=False, cross_entropy=False))
+    if liger:
+        from transformers.integrations.liger import apply_liger_kernel
+        apply_liger_kernel(model, dict(fused_linear_cross_entropy=False, cross_entropy=False))
     return (model if quantisation else model.to(device)).eval()
 
 # %% ../nbs/12_tiny.ipynb #101f97f2
