@@ -15,6 +15,9 @@ from vlm_tutor.train import events, train, trained_folder
 RATES = dict(ia3=.2, full=1e-3, freeze=2e-3, prompt=.2, prefix=.2, p_tuning=5e-3)
 WIDTH, LAYERS, KEYS, MLP, WORDS = 192, 5, 64, 512, 20  # of the embedded base; learned tokens
 every = pytest.mark.parametrize("word", MEANING)
+quick = {"qlora", "pissa", "full", "prefix", "p_tuning"}  # each goes on in a way of its own; the others as LoRA does
+some = pytest.mark.parametrize("word", [word if word in quick else pytest.param(word, marks=pytest.mark.slow)
+                                        for word in MEANING])
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_it_answers(runs, word):
     assert said.startswith(alone[:4]) and predict(str(run.path))["reused"] == 4
 
 
-@every
+@some
 def test_a_stopped_run_ends_as_one_that_was_not(data, runs, tmp_path, word):
     whole, run = runs(word), RunFolder(tmp_path / "run")
     shutil.copytree(whole.path, run.path)
