@@ -13,6 +13,7 @@ import importlib, sys
 # %% ../nbs/27_cli.ipynb #16b0f0fb
 VERBS = {
     'doctor': ('doctor:doctor', 'What is installed, what this machine can do, and what to mend'),
+    'methods': ('methods:methods', 'The fine-tuning methods side by side, or all about one'),
     'config': ('config:show_config', 'What a configuration says, what it means, and what is wrong with it'),
     'synth': ('receipts:synth', 'Draw synthetic receipts: one PNG and one JSON of truth each'),
     'show': ('sources:show', 'Look at the first examples of a source'),
