@@ -16,13 +16,13 @@ HELD_BEFORE = {"frozen weights", "weights that learn", "optimiser averages", "ac
 
 
 # --- what is alive in a step ------------------------------------------------------------------------------------------
-def living_bytes(step):
-    "The most bytes of tensors made by `step` that were alive at once"
+def living_bytes(step, before):
+    "The most bytes of tensors that `step` makes and that are alive at once; those of `before` do not count"
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     class Live(TorchDispatchMode):
-        sizes, peak = {}, 0
+        sizes, peak = {t.untyped_storage()._cdata: 0 for t in before}, 0
         def __torch_dispatch__(self, f, types, args=(), keys=None):
             out = f(*args, **(keys or {}))
             for t in tree_leaves(out):
@@ -56,7 +56,7 @@ def measured(config, n):
     image = sum(row["mm_token_type_ids"].count(1) for row in rows)/n
     load = Load(n, round(length), answer_tokens(rows)//n, round(image), 0, model.dtype.itemsize, False, lean,
                 engine.loss.memory, config.answer_only_logits, config.cache_features, config.lora_rank)
-    return living_bytes(lambda: engine.step(rows)), load
+    return living_bytes(lambda: engine.step(rows), [*model.parameters()]), load
 
 
 def told(shape, load):
