@@ -1,4 +1,4 @@
-"""The planner against the bytes of living tensors, PEFT's counts, the real preprocessing, and a table worked by hand."""
+"""The planner against living tensors, PEFT's counts, the real preprocessing, and a table worked by hand."""
 import json, weakref
 from dataclasses import replace
 
@@ -81,7 +81,8 @@ KINDS = dict(short={}, twice=dict(disable_gradient_checkpointing=False), plain=W
 def test_the_plan_is_near_what_lives_in_a_step_of_the_embedded_base(receipts, kind):
     config = load_config("tiny", {"data": str(receipts), "eval_dataset": None, **KINDS[kind]})
     found, load = measured(config, 4)
-    assert abs(told(find_shape("tiny-receipts"), load)/found - 1) < .15, (told(find_shape("tiny-receipts"), load), found)
+    expected = told(find_shape("tiny-receipts"), load)
+    assert abs(expected/found - 1) < .15, (expected, found)
 
 
 # --- sizes and counts -------------------------------------------------------------------------------------------------

@@ -369,17 +369,18 @@ def compare_items(
     rows = [row for row in rows if row['ours'] or row['plain']]
     return [*rows, dict(item='peak', ours=peak_bytes(ours)/1e9, plain=peak_bytes(theirs)/1e9)]
 
-# %% ../nbs/04_memory.ipynb #0c32e645
+# %% ../nbs/04_memory.ipynb #cc460126
 def _words(config, rows, steps, loads, hours, rate, full):
     "The lines under the table of a plan"
     lean, theirs = loads
     source = 'measured on your data' if rows is not ASSUMED else 'assumed: no data set there'
     texts = [f"rows     {rows['n']} ({source}), longest planned {lean.tokens} tokens: image {lean.image}, "
              f"answer {lean.answer}", f"steps    {steps['steps']} of {steps['examples']} examples",
-             f'at once  {lean.rows} rows in our engine ({lean.memory}), {theirs.rows} in a plain trainer (layers twice)',
+             f'at once  {lean.rows} rows in our engine ({lean.memory}), {theirs.rows} in a plain one ({theirs.memory})',
              f'hours    {hours[0]:.2g} ours, {hours[1]:.2g} plain: an estimate at {rate:g} TFLOP/s']
     room = config.cutoff_len - full - rows['prompt']
-    texts.append(f'cut      {rows["over"]} rows over cutoff_len {config.cutoff_len}; '
+    over = 'unknown without data:' if rows is ASSUMED else f'{rows["over"]} rows are over'
+    texts.append(f'cut      {over} cutoff_len {config.cutoff_len}; '
                  f'beside a full-size image {max(room, 0)} tokens are left for an answer')
     if not rows['exact']: texts.append('note     text is estimated from characters, or assumed')
     return [*texts, 'note     estimates of tensors; not calibrated on a GPU yet']
