@@ -356,9 +356,9 @@ def what_to_change(
     return [*found, dict(change='half of image_max_pixels', gb=peak_bytes(plan_items(s, m, half))/1e9,
                          harm='small print is lost')]
 
-# %% ../nbs/04_memory.ipynb #9a47660a
+# %% ../nbs/04_memory.ipynb #d502d5a4
 RATE = 100. # TFLOP a second that a card really does in 16 bits, when no rate is given: a third of an A100's 312
-CPU_RATE = .06 # the same for one core, from the record of vs_llama_factory above
+CPU_RATE = .13 # the same for one core, from the record of vs_llama_factory above
 
 def compare_items(
     ours: dict, # from `plan_items`
@@ -401,11 +401,11 @@ def _planned(c, gpu_memory, tflops):
                 fits=bool(fits) if gpu_memory else None, load=asdict(loads[0]), change=what_to_change(s, m, load))
     return data, _words(c, rows, steps, loads, hours, rate, c.image_max_pixels//(s.patch*s.merge)**2)
 
-# %% ../nbs/04_memory.ipynb #683db4d3
+# %% ../nbs/04_memory.ipynb #dc4095e1
 def plan(
     config: str, # a preset, a YAML file or a run folder
     gpu_memory: float|None = None, # GB of the card; as many rows as fit are planned
-    tflops: float|None = None, # what the machine really does a second, for the hours; 100, or 0.06 on a CPU
+    tflops: float|None = None, # what the machine really does a second, for the hours; 100, or 0.13 on a CPU
     overrides: list = (), # changes as key=value; data=FOLDER names the data set
 ) -> Result: # items, steps, hours, rows that are too long, what to change
     "What a run will take: memory item by item, steps, hours, rows too long, what to change"
