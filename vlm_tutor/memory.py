@@ -416,9 +416,9 @@ def plan(
     parts = [table(data['items']), '\n'.join(lines), table(data['change']), f'next     vlm train {config}']
     return Result(data, '\n\n'.join(parts), md_table(data['items']), code=int(data['fits'] is False))
 
-# %% ../nbs/04_memory.ipynb #018cc5c2
+# %% ../nbs/04_memory.ipynb #a6657099
 GOALS = {'iteration-speed': 'short runs, many tries', 'best-quality': 'the best score, whatever it takes',
-         'many-adapters': 'many tasks on one served base', 'edge-deployment': 'a small device that computes in few bits'}
+         'many-adapters': 'many tasks on one served base', 'edge-deployment': 'a small device, few bits'}
 SHIFTS = ('small', 'medium', 'large') # documents like those it knows; a new layout or language; another world
 CANDIDATES = ('lora', 'dora', 'rslora', 'qlora', 'full', 'prompt', 'ia3', 'qat', 'qat_lora')
 SOME, MUCH = 300, 5000 # examples from which an adapter learns a format; from which full fine-tuning pays
