@@ -12,7 +12,7 @@ __all__ = ['PACKAGE', 'ASSETS', 'CONFIGS', 'COLOURS', 'PACKAGES', 'VlmError', 'n
            'write_yaml', 'venvs_folder', 'find_llamafactory']
 
 # %% ../nbs/00_core.ipynb #c8e97838
-import difflib, hashlib, json, os, platform, random, shutil, subprocess, sys, time
+import difflib, hashlib, json, logging, os, platform, random, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -401,6 +401,9 @@ def versions() -> dict: # name: version
     found = {'python': platform.python_version(), 'vlm_tutor': package_version('vlm_tutor'), 'commit': _commit()}
     return found | {name: package_version(name) for name in PACKAGES}
 
+# %% ../nbs/00_core.ipynb #70a9b2c8
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+
 # %% ../nbs/00_core.ipynb #4026130c
 def _cpu_name():
     "The processor's own name, where the system tells it"
@@ -440,7 +443,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file, self.versions_file = self.path/'config.yaml', self.path/'versions.json'
         self.log_file, self.checkpoints = self.path/'log.jsonl', self.path/'checkpoints'
-        self.adapter, self.report = self.path/'adapter', self.path/'report'
+        self.adapter, self.model, self.report = (self.path/name for name in ('adapter', 'model', 'report'))
     def __repr__(self): return f"RunFolder('{self.path}')"
 
 # %% ../nbs/00_core.ipynb #4a47620e
