@@ -110,6 +110,29 @@ def test_other_kinds_merge_as_their_own_config_says(run, config):
     assert mine.answer([asked])[0].raw == its.answer([asked])[0].raw
 
 
+def test_qlora_is_merged_into_the_whole_base_and_what_that_changes_is_said(tmp_path):
+    run = make_run(tmp_path, finetuning_type="qlora")
+    write_adapter(run.adapter)
+    told = x.merge(str(run.path), rows=3)
+    merged, base = load_file(Path(told["folder"])/"model.safetensors"), load_model("tiny-receipts").state_dict()
+    name = next(k for k in merged if k.endswith("layers.0.mlp.up_proj.weight"))
+    assert torch.equal(merged[name], base["model.language_model.layers.0.mlp.up_proj.weight"])
+    assert told["whole"]["logit_difference"] > 1e-3 > told["checked"]["logit_difference"]
+    changed = f"{3 - told['whole']['equal_answers']} of 3 answers differ"
+    assert changed in str(told) and changed in (Path(told["folder"])/"README.md").read_text()
+
+
+def test_a_model_that_was_trained_whole_gets_its_folder_too(run):
+    shutil.rmtree(run.adapter)
+    model = load_model("tiny-receipts")
+    with torch.no_grad(): model.model.language_model.layers[0].mlp.up_proj.weight *= 1.1
+    model.save_pretrained(run.model)
+    told = x.merge(str(run.path), rows=2)
+    mine, its = Extractor.from_run(run.path), Extractor.from_model(told["folder"])
+    asked = split_examples(load_config(run.config_file), "test")[0]
+    assert told["adapters"][0]["kind"] == "MODEL" and mine.answer([asked])[0].raw == its.answer([asked])[0].raw
+
+
 def test_sixteen_bits_are_measured_and_said(run):
     told = x.merge(str(run.path), rows=3, dtype="bfloat16")
     assert told["checked"]["logit_difference"] < 1e-3 < told["rounded"]["logit_difference"]

@@ -95,6 +95,13 @@ def test_runs_that_cannot_share_a_model_are_refused(run, tmp_path):
         Extractor.from_run(run.path, tmp_path/"other")
 
 
+def test_learned_words_cannot_share_a_base(run, tmp_path):
+    shutil.copytree(run.path, tmp_path/"soft")
+    atomic_write(tmp_path/"soft/adapter/adapter_config.json", '{"peft_type": "PREFIX_TUNING"}')
+    with pytest.raises(VlmError, match="'soft' is no LoRA or IA3 and cannot share a base"):
+        Extractor.from_run(run.path, tmp_path/"soft")
+
+
 def test_two_adapters_over_one_base_answer_as_each_does_alone(run, model, pages, tmp_path):
     shutil.copytree(run.path, tmp_path/"other", ignore=shutil.ignore_patterns("adapter"))
     write_adapter(tmp_path/"other/adapter", seed=1)

@@ -7,7 +7,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/all.html.md"""
 # %% auto #0
 __all__ = ['VERB_FUNCTIONS', 'EVERYTHING', 'contents']
 
-# %% ../nbs/27a_all.ipynb #d4cc0bb3
+# %% ../nbs/27a_all.ipynb #d7ba61ad
 import inspect
 
 from .augment import augment
@@ -19,6 +19,8 @@ from .core import Example, Result, RunFolder, VlmError, md_table, table
 from .doctor import doctor
 from .extract import Extractor
 from .factory import train
+from .memory import plan, recommend
+from .methods import methods
 from .metrics import evaluate, read_json, score
 from .predict import predict
 from .quickstart import quickstart
@@ -29,8 +31,8 @@ from .sharegpt import register, save_cord_dataset_in_sharegpt_format, save_datas
 from .sources import load_examples, show
 from .splits import split
 
-# %% ../nbs/27a_all.ipynb #3368090f
-VERB_FUNCTIONS = [doctor, show_config, synth, show, save_cord_dataset_in_sharegpt_format,
+# %% ../nbs/27a_all.ipynb #61056553
+VERB_FUNCTIONS = [doctor, methods, show_config, plan, recommend, synth, show, save_cord_dataset_in_sharegpt_format,
                   save_dataset_in_sharegpt_format, register, check, split, augment, train, predict, evaluate, compare,
                   robust, serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,

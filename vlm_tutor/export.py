@@ -7,10 +7,10 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/export.html.md"""
 # %% auto #0
 __all__ = ['LOGIT_ROWS', 'DTYPES', 'GREEDY', 'NEAR', 'GROUPS', 'CARD', 'USE', 'check_mergeable', 'combine', 'load_adapted',
            'answer_logits', 'behaviour', 'differences', 'base_files', 'licence_of', 'write_model', 'check_equal',
-           'read_back', 'merge_into', 'score_lines', 'rounded_text', 'method_lines', 'model_card', 'check_push',
-           'push_folder', 'chosen_adapters', 'made_before', 'merge']
+           'read_back', 'merge_into', 'score_lines', 'rounded_text', 'whole_text', 'method_lines', 'model_card',
+           'check_push', 'push_folder', 'chosen_adapters', 'made_before', 'merge']
 
-# %% ../nbs/23_export.ipynb #5ed02e9c
+# %% ../nbs/23_export.ipynb #652263ad
 import json, os, re, shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -22,27 +22,29 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .collate import IGNORE, Preprocess, to_device
 from .compare import with_interval
-from .config import load_config
+from .config import load_config, method_keys
 from .core import (Result, RunFolder, VlmError, atomic_write, check_choice, md_table, read_json_file, say,
                             versions)
 from .extract import TASK_FILE, read_task, vllm_command
 from .lora import no_chatter
-from .predict import (adapter_hash, check_base, choose_adapter, choose_device, generate, load_preprocess,
-                               model_hash, split_examples)
+from .predict import (adapter_hash, check_base, choose_adapter, choose_device, generate, holds_model,
+                               load_preprocess, load_run_model, model_hash, split_examples)
 from .tiny import common_form, load_model, load_processor, misread, resolve_model, save_tiny
 from .train import events
 
-# %% ../nbs/23_export.ipynb #b6853800
+# %% ../nbs/23_export.ipynb #4b6048f8
 def check_mergeable(
     folder: str|Path, # an adapter in PEFT's format
-) -> str: # its kind, such as "LORA"
+) -> str: # its kind, such as "LORA"; "MODEL" for a whole model, which needs no merge
     "Raise a `VlmError` when PEFT cannot add an adapter to weights"
+    if holds_model(folder): return 'MODEL'
     with no_chatter(): from peft import PEFT_TYPE_TO_TUNER_MAPPING as tuners
     kind = read_json_file(Path(folder)/'adapter_config.json').get('peft_type')
-    able = sorted(str(known.value) for known, tuner in tuners.items() if hasattr(tuner, 'merge_and_unload'))
+    able = {str(known.value) for known, tuner in tuners.items() if hasattr(tuner, 'merge_and_unload')}
     if kind in able: return kind
     raise VlmError(f"adapter '{folder}' is of kind {kind}, which changes no weights and cannot be merged",
-                   able, 'Use it as it is: vlm predict and vlm serve take the run folder')
+                   'Allowed: what changes weights, such as LORA (also DoRA, rsLoRA, PiSSA), IA3, LOHA, LOKR, OFT',
+                   'Use it as it is: vlm predict and vlm serve take the run folder')
 
 # %% ../nbs/23_export.ipynb #f6407d9d
 def combine(
@@ -59,13 +61,16 @@ def combine(
         if hasattr(layer, 'lora_A') and 'sum' in layer.scaling: layer.scaling['sum'] = 1.
     model.set_adapter('sum')
 
-# %% ../nbs/23_export.ipynb #da091158
+# %% ../nbs/23_export.ipynb #3b96accf
 def load_adapted(
     config, # a `Config` that names the base
     adapters: dict, # folder: weight; a single one counts as it is
     device: str = 'cpu', # "cpu" or "cuda"
 ) -> tuple: # PEFT model in 32 bits, content hash of the base
-    "The base with adapters beside its weights, not yet added to them"
+    "The base with adapters beside its weights, not yet added to them; a whole model comes as it is"
+    whole = [folder for folder in adapters if holds_model(folder)]
+    if whole and len(adapters) > 1: raise VlmError(f"'{whole[0]}' is a whole model and cannot be summed")
+    if whole: return load_model(str(whole[0]), device), model_hash(config.model_name_or_path)
     model = load_model(config.model_name_or_path, device)
     found, names = model_hash(config.model_name_or_path, model), {}
     with no_chatter(): from peft import PeftModel
@@ -181,7 +186,7 @@ def read_back(
     model = load_model(str(folder), device, DTYPES[dtype])
     return model, Preprocess(load_processor(str(folder)), config.cutoff_len)
 
-# %% ../nbs/23_export.ipynb #5d833104
+# %% ../nbs/23_export.ipynb #37a0c5d3
 def merge_into(
     folder: Path, # where the model goes
     config, # a `Config`
@@ -195,11 +200,13 @@ def merge_into(
     rest = examples, read_task(config, preprocess), config.per_device_eval_batch_size
     model, base = load_adapted(config, adapters, device)
     before = behaviour(model, preprocess, *rest)
-    try: model = model.merge_and_unload(safe_merge=True)
+    try: model = model.merge_and_unload(safe_merge=True) if hasattr(model, 'peft_config') else model
     except (NotImplementedError, ValueError) as error: raise VlmError(f'PEFT cannot merge this: {error}') from None
     write_model(model, preprocess, name, folder)
     check_equal(checked := differences(before, behaviour(*read_back(folder, config, device, 'float32'), *rest)))
     told = dict(base=base, task=asdict(rest[1]), checked=checked)
+    if method_keys(config)['quantization_bit'] and len(adapters) == 1: told['whole'] = differences(
+        behaviour(load_run_model(config, *adapters)[0], preprocess, *rest), before)
     if dtype == 'float32': return told
     write_model(model, preprocess, name, folder, dtype)
     return told | dict(rounded=differences(before, behaviour(*read_back(folder, config, device, dtype), *rest)))
@@ -230,7 +237,15 @@ def rounded_text(
     return f"{start}in {told['dtype']} {changed} of {found['rows']} answers changed, scores by up to " \
         f"{found['logit_difference']:.2g}"
 
-# %% ../nbs/23_export.ipynb #2944a016
+# %% ../nbs/23_export.ipynb #7be90aa7
+def whole_text(
+    found: dict, # `differences` between the base in few bits and whole, both with the adapter
+) -> str:
+    "What it changes that the base is whole again"
+    changed = found['rows'] - found['equal_answers']
+    return f"trained over a quantised base, merged into the whole one: {changed} of {found['rows']} answers differ"
+
+# %% ../nbs/23_export.ipynb #47306174
 def method_lines(
     run: RunFolder, # a finished run
     config, # its `Config`
@@ -246,6 +261,7 @@ def method_lines(
         f'* Adapter: {kinds}; {c.num_train_epochs:g} epochs, learning rate {c.learning_rate:g}, seed {c.seed}',
         f"* Merged in float32, kept in {told['dtype']}. Checked on {checked['rows']} rows: {checked['equal_answers']} "
         f"answers equal, scores differ by at most {checked['logit_difference']:.1g}" + rounded_text(told, '; '),
+        *(f'* {whole_text(told["whole"])}' for _ in range('whole' in told)),
         f"* vlm_tutor {versions()['vlm_tutor']}, commit {versions()['commit']}"])
 
 # %% ../nbs/23_export.ipynb #16ff16fa
@@ -364,7 +380,7 @@ def made_before(
     if all(known.get(key) == value for key, value in wanted.items()): return known
     raise VlmError(f"'{out}' exists and holds something else", remedy='Name another place with --out, or delete it')
 
-# %% ../nbs/23_export.ipynb #514b7e91
+# %% ../nbs/23_export.ipynb #e083db5e
 def _merge_result(run, out, told, again, url):
     "What `merge` tells"
     size, checked = sum(file.stat().st_size for file in out.iterdir()), told['checked']
@@ -372,6 +388,7 @@ def _merge_result(run, out, told, again, url):
              f'   {size/1e6:.1f} MB' + '   done before'*again,
              f"checked  {checked['equal_answers']}/{checked['rows']} answers equal in float32, scores differ by up to "
              f"{checked['logit_difference']:.1g}"]
+    if told.get('whole'): lines.append(f"note     {whole_text(told['whole'])}")
     if told.get('rounded'): lines.append(f"warning  {rounded_text(told)}")
     lines += [f'folder   {out}', f'vllm     {vllm_command(out, run.path.name)}   (not run)']
     if url: lines.append(f'hub      {url}   (private)')

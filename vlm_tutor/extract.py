@@ -7,7 +7,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/extract.html.md"""
 # %% auto #0
 __all__ = ['ENOUGH', 'TASK_FILE', 'SAME', 'Task', 'read_task', 'Held', 'as_image', 'Extraction', 'Extractor', 'vllm_command']
 
-# %% ../nbs/22a_extract.ipynb #e340edb7
+# %% ../nbs/22a_extract.ipynb #82d59622
 import json, shlex
 from collections import Counter
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .config import Config, load_config
+from .config import Config, load_config, method_keys
 from .core import Example, RunFolder, VlmError, check_choice, read_json_file
 from .metrics import read_json
-from .predict import answer_limit, asks_for_json, choose_adapter, generate, split_examples, switch
+from .predict import (answer_limit, asks_for_json, choose_adapter, generate, split_examples, stands_alone,
+                               switch)
 from .sources import DEFAULT_PROMPT
 
 # %% ../nbs/22a_extract.ipynb #9f231f9e
@@ -79,7 +80,7 @@ class Extraction(dict):
         self.raw, self.tokens = raw, tokens
         self.error = error or (None if value is not None else f'no JSON in the answer {raw[:60]!r}')
 
-# %% ../nbs/22a_extract.ipynb #c1231c9c
+# %% ../nbs/22a_extract.ipynb #be81eb81
 class Extractor:
     "A model as a function: image in, dict out"
     def __init__(self,
@@ -88,6 +89,9 @@ class Extractor:
         tasks: dict|None = None, # name: `Task`; what the data set says when missing
         device: str = 'auto', # "auto", "cpu" or "cuda"
     ):
+        apart = [name for name, folder in adapters.items() if folder and stands_alone(folder)]
+        if apart and len(adapters) > 1:
+            raise VlmError(f"'{apart[0]}' is no LoRA or IA3 and cannot share a base", remedy='Use it alone')
         self.config, self.adapters, loaded = config, adapters, None
         for name, folder in adapters.items():
             loaded = switch(config, folder, name, loaded, len(adapters) == 1, device)
@@ -176,7 +180,7 @@ def many(self: Extractor,
     source, size = iter(images), batch_size or self.config.per_device_eval_batch_size
     while batch := list(islice(source, size)): yield from self.answer([self.example(image) for image in batch])
 
-# %% ../nbs/22a_extract.ipynb #39ab7258
+# %% ../nbs/22a_extract.ipynb #f17db430
 TASK_FILE = 'task.json' # in a merged folder: the question, its limits, where it comes from
 SAME = ('model_name_or_path', 'image_max_pixels', 'image_min_pixels', 'bf16', 'fp16', 'use_cpu')
 
@@ -190,10 +194,11 @@ def from_run(cls: Extractor,
     runs = {(run := RunFolder.open(path)).path.resolve().name: run for path in runs}
     configs = {name: load_config(run.config_file) for name, run in runs.items()}
     first, config = next(iter(configs.items()))
-    for name, other in configs.items():
-        for key in SAME:
-            mine, its = getattr(config, key), getattr(other, key)
-            if mine == its: continue
+    facts = {name: {key: getattr(c, key) for key in SAME} | dict(quantization_bit=method_keys(c)['quantization_bit'])
+             for name, c in configs.items()}
+    for name, own in facts.items():
+        for key, its in own.items():
+            if (mine := facts[first][key]) == its: continue
             raise VlmError(f"runs '{first}' and '{name}' cannot share a model: {key} is {mine} and {its}",
                            remedy='Use them one at a time')
     made = cls(config, {name: choose_adapter(run, group) for name, run in runs.items()}, {'': None}, device)

@@ -9,7 +9,7 @@ __all__ = ['PAGE_POLICY', 'LOOPBACK', 'Limits', 'Refusal', 'read_image', 'read_m
            'read_request', 'Worker', 'read_body', 'reply', 'Desk', 'check_client', 'make_app', 'open_port', 'running',
            'post', 'image_request', 'ask_server', 'open_models', 'production', 'check_serve', 'serve', 'load_test']
 
-# %% ../nbs/24_serve.ipynb #0b269c00
+# %% ../nbs/24_serve.ipynb #39f2ec5b
 import asyncio, base64, binascii, contextlib, json, os, secrets, signal, socket, threading, time, urllib.error
 import urllib.request
 from collections import deque
@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from .core import Example, Result, VlmError, asset, nearest, read_json_file, say
 from .extract import Extractor, Held, vllm_command
 from .metrics import read_json
+from .predict import holds_model
 
 # %% ../nbs/24_serve.ipynb #fd87e268
 @dataclass
@@ -445,15 +446,18 @@ def open_models(
     if len(names) != 1: raise VlmError(f"'{thing}' does not name runs only", 'Allowed: one model, or several runs')
     return Extractor.from_model(names[0], device=device)
 
-# %% ../nbs/24_serve.ipynb #15df5e20
+# %% ../nbs/24_serve.ipynb #c00108ea
 def production(
     extractor: Extractor, # what is served here
 ) -> str: # a command line
     "How vLLM would serve the same"
     base, folders = extractor.config.model_name_or_path, {n: f for n, f in extractor.adapters.items() if f}
-    ranks = [read_json_file(folder/'adapter_config.json').get('r', 16) for folder in folders.values()]
-    name = 'base' if folders else next(iter(extractor.adapters))
-    return vllm_command(base, name, folders, max(ranks, default=16))
+    first, folder = next(iter(extractor.adapters.items()))
+    if not folders or holds_model(folder): return vllm_command(str(folder or base), first)
+    kinds = [read_json_file(folder/'adapter_config.json') for folder in folders.values()]
+    if any(kind['peft_type'] != 'LORA' or kind.get('use_dora') for kind in kinds):
+        return f'vlm merge RUN, then {vllm_command("RUN/merged", first)}'
+    return vllm_command(base, 'base', folders, max(kind['r'] for kind in kinds))
 
 def check_serve(
     host: str, # where to listen
