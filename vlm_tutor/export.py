@@ -112,16 +112,15 @@ def behaviour(
         answers += generate(model, preprocess, rows, task.max_new_tokens, task.until_json)
     return [answer_logits(model, preprocess, example) for example in examples[:LOGIT_ROWS]], answers
 
-# %% ../nbs/23_export.ipynb #7e370a80
+# %% ../nbs/23_export.ipynb #f7f58ead
 def differences(
     before: tuple, # what `behaviour` found
     after: tuple, # what it found for the other model
 ) -> dict: # rows, equal_answers, logit_difference (largest), logit_size (largest)
     "How far two models behave alike"
-    pairs = list(zip(before[0], after[0]))
     return dict(rows=len(before[1]), equal_answers=sum(a == b for a, b in zip(before[1], after[1])),
-                logit_difference=max(float((a - b).abs().max()) for a, b in pairs),
-                logit_size=max(float(a.abs().max()) for a, _ in pairs))
+                logit_difference=max(float((a - b).abs().max()) for a, b in zip(before[0], after[0])),
+                logit_size=max(float(a.abs().max()) for a in before[0]))
 
 # %% ../nbs/23_export.ipynb #e6d7d28e
 def base_files(
@@ -175,7 +174,7 @@ def check_equal(
                    f"scores differ by up to {found['logit_difference']:.2g}", f'{NEAR:g} of the largest score',
                    'Nothing was written. Use the adapter as it is')
 
-# %% ../nbs/23_export.ipynb #96d66ac3
+# %% ../nbs/23_export.ipynb #00224e4a
 def read_back(
     folder: Path, # with a merged model
     config, # the `Config` of the run
@@ -183,8 +182,7 @@ def read_back(
     dtype: str, # one of `DTYPES`, to compute in
 ) -> tuple: # model, `Preprocess`
     "A merged model as its user gets it: weights, processor and limits from the folder"
-    model = load_model(str(folder), device, DTYPES[dtype])
-    return model, Preprocess(load_processor(str(folder)), config.cutoff_len)
+    return load_model(str(folder), device, DTYPES[dtype]), Preprocess(load_processor(str(folder)), config.cutoff_len)
 
 # %% ../nbs/23_export.ipynb #37a0c5d3
 def merge_into(
@@ -226,15 +224,14 @@ def score_lines(
     return md_table([dict(score=key) | {f"{group}, n = {s['n']}": cell(s, key) for group, s in found.items()}
                      for key in keys])
 
-# %% ../nbs/23_export.ipynb #530e6449
+# %% ../nbs/23_export.ipynb #cdce6447
 def rounded_text(
     told: dict, # what `merge_into` returned
-    start: str = '', # before the sentence, when there is one
 ) -> str:
     "What fewer bits changed, or nothing"
     if not (found := told.get('rounded')): return ''
     changed = found['rows'] - found['equal_answers']
-    return f"{start}in {told['dtype']} {changed} of {found['rows']} answers changed, scores by up to " \
+    return f"in {told['dtype']} {changed} of {found['rows']} answers changed, scores by up to " \
         f"{found['logit_difference']:.2g}"
 
 # %% ../nbs/23_export.ipynb #7be90aa7
@@ -245,7 +242,7 @@ def whole_text(
     changed = found['rows'] - found['equal_answers']
     return f"trained over a quantised base, merged into the whole one: {changed} of {found['rows']} answers differ"
 
-# %% ../nbs/23_export.ipynb #47306174
+# %% ../nbs/23_export.ipynb #ad0b4c5f
 def method_lines(
     run: RunFolder, # a finished run
     config, # its `Config`
@@ -260,7 +257,8 @@ def method_lines(
         f"* Data: {c.dataset}, {started.get('rows', '?')} rows (`{started.get('data set', '?')}`)",
         f'* Adapter: {kinds}; {c.num_train_epochs:g} epochs, learning rate {c.learning_rate:g}, seed {c.seed}',
         f"* Merged in float32, kept in {told['dtype']}. Checked on {checked['rows']} rows: {checked['equal_answers']} "
-        f"answers equal, scores differ by at most {checked['logit_difference']:.1g}" + rounded_text(told, '; '),
+        f"answers equal, scores differ by at most {checked['logit_difference']:.1g}",
+        *(f'* {line[0].upper()}{line[1:]}' for line in [rounded_text(told)] if line),
         *(f'* {whole_text(told["whole"])}' for _ in range('whole' in told)),
         f"* vlm_tutor {versions()['vlm_tutor']}, commit {versions()['commit']}"])
 

@@ -24,7 +24,7 @@ from .predict import (answer_limit, asks_for_json, choose_adapter, generate, spl
                                switch)
 from .sources import DEFAULT_PROMPT
 
-# %% ../nbs/22a_extract.ipynb #9f231f9e
+# %% ../nbs/22a_extract.ipynb #55e68b62
 @dataclass
 class Task:
     "What a model is asked about every document, and how far its answer may go"
@@ -42,8 +42,8 @@ def read_task(
     "The question of a run's training rows, and the room for its answer"
     rows = split_examples(config, 'train')[:ENOUGH]
     if not rows: raise VlmError(f"data set '{config.dataset}' has no training rows", remedy='Give a prompt yourself')
-    (prompt, system), _ = Counter((row.prompt, row.system) for row in rows).most_common(1)[0]
-    return Task(prompt, system, answer_limit(preprocess, rows), asks_for_json(rows))
+    asked = Counter((row.prompt, row.system) for row in rows).most_common(1)[0][0]
+    return Task(*asked, answer_limit(preprocess, rows), asks_for_json(rows))
 
 # %% ../nbs/22a_extract.ipynb #e476b918
 class Held:
@@ -112,7 +112,7 @@ def use(self: Extractor,
     self.name = name
     return self
 
-# %% ../nbs/22a_extract.ipynb #b0942c9a
+# %% ../nbs/22a_extract.ipynb #455664c2
 @patch(as_prop=True)
 def context(self: Extractor) -> int:
     "Tokens that fit: question, images and answer together"
@@ -135,8 +135,8 @@ def row(self: Extractor,
     "One question as model inputs, or a `VlmError` when it does not fit"
     row = self.preprocess.encode(example, answer=False)
     if (length := len(row['input_ids'])) + max_new_tokens <= self.context: return row
-    raise VlmError(f'the question has {length} tokens with its images, and the answer may have {max_new_tokens}',
-                   f'{self.context} together', 'Shorten the prompt, lower image_max_pixels, or want a shorter answer')
+    raise VlmError(f'the question has {length} tokens with its images, the answer may have {max_new_tokens}: more than '
+                   f'{self.context} together', remedy='Shorten the prompt or the answer, or lower image_max_pixels')
 
 # %% ../nbs/22a_extract.ipynb #abb81abf
 @patch
@@ -158,7 +158,7 @@ def answer(self: Extractor,
     return [Extraction(error=row) if isinstance(row, str) else
             Extraction(raw := next(texts), None, (len(row['input_ids']), count(raw))) for row in found]
 
-# %% ../nbs/22a_extract.ipynb #40902d9a
+# %% ../nbs/22a_extract.ipynb #c012017e
 @patch
 def __call__(self: Extractor,
     image, # a path, a PIL image, bytes, or a list of such: one document
@@ -175,8 +175,7 @@ def many(self: Extractor,
     batch_size: int|None = None, # documents at once; per_device_eval_batch_size when missing
 ): # a generator of `Extraction`s, in order
     "Read many documents, batch by batch, as they are asked for"
-    if isinstance(images, (str, Path)): raise VlmError(f"many takes several documents, not '{images}'",
-                                                       remedy='Write many(Path(FOLDER).glob("*.png"))')
+    if isinstance(images, (str, Path)): raise VlmError(f"many takes several documents, not '{images}'. Give a list")
     source, size = iter(images), batch_size or self.config.per_device_eval_batch_size
     while batch := list(islice(source, size)): yield from self.answer([self.example(image) for image in batch])
 

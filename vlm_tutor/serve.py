@@ -255,7 +255,7 @@ def reply(
     return dict(id=f'chatcmpl-{secrets.token_hex(8)}', object='chat.completion', created=int(time.time()),
                 model=job.model, choices=[choice], usage=usage)
 
-# %% ../nbs/24_serve.ipynb #e4ab9709
+# %% ../nbs/24_serve.ipynb #8e8fb8dc
 class Desk:
     "Where requests arrive: it counts them, waits for their answers, and gives up in time"
     def __init__(self,
@@ -277,10 +277,9 @@ class Desk:
         job = await asyncio.to_thread(read_request, body, self.extractor, self.limits)
         self.worker.add(job)
         try: return reply(job, await asyncio.wrap_future(job.future))
-        except (Refusal, asyncio.CancelledError): raise
+        except Refusal: raise
         except Exception as error:
-            reason = f'{type(error).__name__}: {error}'[:300]
-            raise Refusal(400 if job.schema else 500, f'the model could not answer: {reason}') from error
+            raise Refusal(400 if job.schema else 500, f'the model could not answer: {error!r}'[:300]) from error
 
 # %% ../nbs/24_serve.ipynb #4e4697ff
 PAGE_POLICY = ("default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'unsafe-inline'; "
