@@ -37,6 +37,8 @@ VERBS |= {
     'predict': ('predict:predict',
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),
+    'fields': ('fields:fields',
+        'Score every field as published tables do, the menu as a table, and test differences'),
     'compare': ('compare:compare', 'Show groups side by side: tables, two plots and one page with every receipt'),
     'robust': ('robust:robust',
         'Measure what the base reads under each augmentation, and whether training on them helps'),
