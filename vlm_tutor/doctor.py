@@ -56,6 +56,7 @@ def kernels(
 
 # %% ../nbs/00a_doctor.ipynb #0924df1b
 ENVIRONMENTS = dict(
+    donut=[['nltk==3.10.4', 'zss==1.2.0', 'numpy'], ['--no-deps', 'donut-python==1.0.9']],
     trl=[['torch==2.13.0'], ['trl==1.16.0', 'transformers==5.23.0', 'peft==0.21.2', 'accelerate==1.15.0',
                              'datasets==5.2.0', 'pillow==13.0.0']],
     llama_factory=[

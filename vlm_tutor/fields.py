@@ -156,7 +156,7 @@ def table_scores(
     return dict(precision=precision, recall=recall, grits=f, row_f1=float(_f1(*counts[:3].tolist())),
                 missed=int(counts[3]), made_up=int(counts[4]), n=len(found))
 
-# %% ../nbs/11b_fields.ipynb #13ae729b
+# %% ../nbs/11b_fields.ipynb #49e9825c
 def _by_field(doc):
     "{path: values} of a document"
     found = {}
@@ -172,6 +172,7 @@ def mean_anls(
     worth = np.array([[anls(p, t) for p in pred] for t in true])
     return float(sum(worth[pair] for pair in assign(worth)))
 
+# %% ../nbs/11b_fields.ipynb #8a7bc7bf
 def _field_row(name, docs, locale):
     "Everything about one field over a set"
     sides = [(pred.get(name, []), true.get(name, [])) for pred, true in docs]
@@ -185,7 +186,7 @@ def _field_row(name, docs, locale):
                 recall=count['right']/max(n, 1), anls=sum(mean_anls(*side) for side in sides)/max(n, 1),
                 **{key: count[key] for key in ('misread', 'missed', 'made_up')})
 
-# %% ../nbs/11b_fields.ipynb #2dae1a95
+# %% ../nbs/11b_fields.ipynb #c19a8310
 def field_scores(
     preds: list, # parsed predictions; None where nothing could be read
     truths: list, # the parsed truths
@@ -198,7 +199,7 @@ def field_scores(
     names = list(dict.fromkeys(path for _, true in docs for path in true))
     return [_field_row(name, docs, locale) for name in names]
 
-# %% ../nbs/11b_fields.ipynb #f69cb21d
+# %% ../nbs/11b_fields.ipynb #9a449820
 def _wanted(run, group):
     "Names of groups: those given, with commas between them, or all that have predictions"
     if group: return [name.strip() for name in group.split(',') if name.strip()]
@@ -216,7 +217,7 @@ def _shared(run, names, split):
     return {name: [found[id] for id in common] for name, found in rows.items()}, {
         name: len(found) - len(common) for name, found in rows.items()}
 
-# %% ../nbs/11b_fields.ipynb #50a381b1
+# %% ../nbs/11b_fields.ipynb #bbb1d432
 def _sure(rows, preds, truths):
     "How far the confidence of a group can be trusted, where its rows hold one for every answer"
     held = [(confidence(row), exact_match(pred, truth)) for row, pred, truth in zip(rows, preds, truths)
@@ -233,7 +234,7 @@ def _group(rows, truths, locale):
                        unreadable=sum(pred is None for pred in preds), fields=field_scores(preds, truths, locale),
                        table=table_scores(preds, truths), calibration=_sure(rows, preds, truths))
 
-# %% ../nbs/11b_fields.ipynb #0a7377d3
+# %% ../nbs/11b_fields.ipynb #4bfb92a0
 _DIGITS = '{:.3f}'.format
 
 def _group_lines(name, found):
@@ -258,7 +259,7 @@ def _test_line(name, first, found):
             f"whole receipts that it alone has right: {exact['only_a']} against {exact['only_b']}, p {exact['p']:.2g}; "
             f"a difference of 0.02 in field F1 takes {found['receipts_for_0.02']} receipts to be seen")
 
-# %% ../nbs/11b_fields.ipynb #46206bea
+# %% ../nbs/11b_fields.ipynb #f6beb61d
 def fields(
     run: str, # a run folder with predictions
     group: str|None = None, # names with commas between them; all that have predictions when missing
@@ -280,7 +281,7 @@ def fields(
     path = atomic_write(run.report/'fields.json', json.dumps(facts, indent=1) + '\n')
     return _fields_result(run, facts, path)
 
-# %% ../nbs/11b_fields.ipynb #3f8c08f0
+# %% ../nbs/11b_fields.ipynb #2f60b47b
 def _fields_result(run, facts, path):
     "What the verb tells"
     parts = [_group_lines(name, found) for name, found in facts['groups'].items()]
