@@ -12,8 +12,8 @@ from pairs import read_pairs
 
 def evaluator():
     "The evaluator, its code untouched"
-    for name, words in {'torch': [], 'torch.utils': [], 'torch.utils.data': ['Dataset'], 'datasets': ['load_dataset'],
-                        'transformers': [], 'transformers.modeling_utils': ['PreTrainedModel']}.items():
+    for name, words in {'torch': ['Tensor'], 'torch.utils': [], 'torch.utils.data': ['Dataset'], 'transformers': [],
+                        'datasets': ['load_dataset'], 'transformers.modeling_utils': ['PreTrainedModel']}.items():
         sys.modules[name] = module = ModuleType(name)
         for word in words: setattr(module, word, object)
     found = next(file for file in metadata.files('donut-python') if str(file).endswith('donut/util.py'))
@@ -24,7 +24,6 @@ def evaluator():
 
 
 judge = evaluator()
-for name in [name for name in sys.modules if name.split('.')[0] == 'torch']: del sys.modules[name]
 job = meter.start()
 found = [judge.cal_acc(*pair) for pair in read_pairs(job)]
 meter.finish(answers=[f'{value:.9f}' for value in found])
