@@ -35,7 +35,8 @@ SETTINGS = dict(model='scaled-2b', data=None, vocabulary=9496, rows=16, image=[4
 ENGINE = dict(worker='plain', peer=None, checkpointing=None, settings={})
 EXPERIMENT = dict(task='train', device='cpu', engines={}, base={}, points={}, vary={}, report_epochs=[], targets={})
 CHOICES = dict(task=['train', 'predict', 'save', 'score'], device=['cpu', 'cuda'], dtype=['float32', 'bfloat16'],
-               worker=['ours', 'plain', 'sft', 'factory', 'save', 'resave', 'ted', 'donut'], checkpointing=[None, True, False])
+               checkpointing=[None, True, False],
+               worker=['ours', 'plain', 'sft', 'factory', 'save', 'resave', 'ted', 'donut'])
 
 def experiments() -> dict:  # name: path
     "The experiments that ship with the package"
@@ -770,6 +771,7 @@ def _head(record, name):
             f"{tokens['answer']:.0f} answer), batch {settings['batch']} × {settings['accumulation']}, "
             f"{settings['dtype']}; {said.format(at['check'])}")
 
+# %% ../nbs/25_bench.ipynb #351eb097
 def _foot(record):
     "Provenance in one line, and what was projected"
     on, made = record['hardware'], record['versions']

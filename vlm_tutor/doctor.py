@@ -102,7 +102,7 @@ def make_venv(
     venv, steps = folder.resolve()/peer, ENVIRONMENTS[check_choice('peer', peer, ENVIRONMENTS)]
     python, done = venv/'bin'/'python', venv/'installed.json'
     if not (done.exists() and read_json_file(done) == steps):
-        say(f'making the environment of {peer} in {short(folder/peer)} (minutes, and some gigabytes)')
+        say(f'making the environment of {peer} in {short(folder/peer)} (minutes; gigabytes when it holds torch)')
         _run(peer, [sys.executable, '-m', 'venv', '--clear', str(venv)])
         for number, step in enumerate(steps, 1):
             say(f"{number}/{len(steps)}  pip install {' '.join(step[:3])}{' …' if step[3:] else ''}")

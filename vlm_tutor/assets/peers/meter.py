@@ -4,8 +4,8 @@ A worker imports everything it needs, calls `start`, trains, and calls `finish`.
 import json, os, sys, time
 from importlib import metadata
 
-PACKAGES = ('torch', 'torchvision', 'transformers', 'peft', 'accelerate', 'datasets', 'trl', 'llamafactory', 'donut-python',
-            'zss', 'numpy')
+PACKAGES = ('torch', 'torchvision', 'transformers', 'peft', 'accelerate', 'datasets', 'trl', 'llamafactory',
+            'donut-python', 'zss', 'numpy')
 
 
 def status(name):
