@@ -40,6 +40,7 @@ VERBS |= {
     'fields': ('fields:fields',
         'Score every field as published tables do, the menu as a table, and test differences'),
     'compare': ('compare:compare', 'Show groups side by side: tables, two plots and one page with every receipt'),
+    'errors': ('errors:errors', 'Count errors by kind, show the worst receipts, and rank labels to doubt'),
     'robust': ('robust:robust',
         'Measure what the base reads under each augmentation, and whether training on them helps'),
     'bench': ('bench:bench', 'Measure our engine beside the peers, after a check that all learn the same'),

@@ -56,7 +56,6 @@ def kernels(
 
 # %% ../nbs/00a_doctor.ipynb #0924df1b
 ENVIRONMENTS = dict(
-    donut=[['nltk==3.10.4', 'zss==1.2.0', 'numpy'], ['--no-deps', 'donut-python==1.0.9']],
     trl=[['torch==2.13.0'], ['trl==1.16.0', 'transformers==5.23.0', 'peft==0.21.2', 'accelerate==1.15.0',
                              'datasets==5.2.0', 'pillow==13.0.0']],
     llama_factory=[
@@ -65,7 +64,8 @@ ENVIRONMENTS = dict(
          'torchdata==0.11.0', 'tyro==0.8.14', 'av==16.0.0', 'pandas<3', 'einops', 'fire', 'omegaconf', 'matplotlib',
          'scipy', 'sentencepiece', 'tiktoken', 'protobuf', 'pydantic', 'uvicorn', 'fastapi', 'sse-starlette',
          'hf-transfer', 'modelscope', 'jieba', 'nltk', 'rouge_chinese', 'pillow'],
-        ['--no-deps', 'torchvision==0.28.0'], ['--no-deps', 'llamafactory==0.9.5']])
+        ['--no-deps', 'torchvision==0.28.0'], ['--no-deps', 'llamafactory==0.9.5']],
+    donut=[['nltk==3.10.4', 'zss==1.2.0', 'numpy==2.4.6'], ['--no-deps', 'donut-python==1.0.9']])
 
 # %% ../nbs/00a_doctor.ipynb #5ff325fe
 def put_scaffold(
