@@ -12,7 +12,7 @@ __all__ = ['PACKAGE', 'ASSETS', 'CONFIGS', 'COLOURS', 'PACKAGES', 'VlmError', 'n
            'write_yaml', 'venvs_folder', 'find_llamafactory']
 
 # %% ../nbs/00_core.ipynb #c8e97838
-import difflib, hashlib, json, os, platform, random, shutil, subprocess, sys, time
+import difflib, hashlib, json, logging, os, platform, random, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -400,6 +400,9 @@ def versions() -> dict: # name: version
     "Versions of Python, of this package and of those it works with"
     found = {'python': platform.python_version(), 'vlm_tutor': package_version('vlm_tutor'), 'commit': _commit()}
     return found | {name: package_version(name) for name in PACKAGES}
+
+# %% ../nbs/00_core.ipynb #70a9b2c8
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
 
 # %% ../nbs/00_core.ipynb #4026130c
 def _cpu_name():

@@ -255,7 +255,7 @@ def filter_quality(
                 recall=share(sum(bad[1]), wrong), wrong_before=share(wrong, n),
                 wrong_after=share(sum(bad[0]), len(kept)))
 
-# %% ../nbs/22_errors.ipynb #d258bf5c
+# %% ../nbs/22_errors.ipynb #a5625725
 def plot_errors(
     counts: list, # from `count_errors`
     groups: list, # names, in display order
@@ -273,7 +273,8 @@ def plot_errors(
             ax.text(row[group], at[k], f' {row[group]}' + (f'  {group}' if k == 0 else ''), va='center', fontsize=9)
     ax.set_yticks(range(len(counts)), [row['kind'] for row in counts])
     most = max(counts, key=lambda row: row[groups[-1]])['kind'] if counts else 'no error'
-    ax.set(xlabel='errors', title=f'What goes wrong? Most often in {groups[-1]}: {most}')
+    ax.set_xlabel('errors')
+    fig.suptitle(f'What goes wrong? Most often in {groups[-1]}: {most}', x=.01, ha='left', fontsize=11)
     ax.margins(x=.25)
     ax.invert_yaxis()
     ax.spines[['top', 'right']].set_visible(False)
