@@ -12,7 +12,7 @@ from vlm_tutor.check import (LOOK, MEND, NEAR, TokenCounter, check, check_page, 
 from vlm_tutor.config import load_config
 from vlm_tutor.core import Example, VlmError, asset, find_llamafactory, load_image, read_jsonl, write_jsonl
 from vlm_tutor.receipts import make_receipt
-from vlm_tutor.sharegpt import dataset_entry, sharegpt_record
+from vlm_tutor.sharegpt import dataset_entry, save_dataset_in_sharegpt_format, sharegpt_record
 
 MEASURED = json.loads((Path(__file__).parent / "data/llamafactory.json").read_text())
 
@@ -469,6 +469,16 @@ def test_exit_codes_and_json(planted, tmp_path):
     out = vlm("set", "cutoff_len=100", cwd=tmp_path)
     assert out.returncode == 0 and "perhaps-cut" in out.stdout and "nothing must be mended" in out.stdout
     assert vlm("set", "--config", "tiny", "cutoff_len=100", cwd=tmp_path).returncode == 1
+
+
+def test_the_schema_beside_the_data_is_the_default(tmp_path):
+    folder = tmp_path / "set"
+    save_dataset_in_sharegpt_format(folder, "synthetic", "train", 4, schema="cord")
+    assert "schema" not in {one["kind"] for one in check(str(folder), "tiny")["findings"]}
+    records = json.loads((folder / "set.json").read_text())
+    records[0]["messages"][-1]["content"] = '{"sum": "4.50"}'
+    (folder / "set.json").write_text(json.dumps(records))
+    assert "schema" in {one["kind"] for one in check(str(folder), "tiny")["findings"]}
 
 
 @pytest.mark.parametrize("words, said", [

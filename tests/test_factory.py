@@ -243,8 +243,28 @@ def test_what_it_cannot_do_is_said_before_it_starts(player, data, more, said):
 def test_soft_prompts_name_the_native_engine():
     config = Config()
     config.finetuning_type = "prompt"
-    with pytest.raises(VlmError, match="no finetuning_type 'prompt'. Allowed there: lora, oft.*--engine native"):
+    with pytest.raises(VlmError, match="no finetuning_type 'prompt'. Allowed there: lora, rslora.*--engine native"):
         f.check_factory(config)
+
+
+@pytest.mark.parametrize("word, wanted", [
+    ("lora", dict(finetuning_type="lora")), ("dora", dict(finetuning_type="lora", use_dora=True)),
+    ("rslora", dict(finetuning_type="lora", use_rslora=True)), ("full", dict(finetuning_type="full")),
+    ("loraplus", dict(finetuning_type="lora", loraplus_lr_ratio=16.)),
+    ("qlora", dict(finetuning_type="lora", quantization_bit=4)), ("freeze", dict(finetuning_type="freeze")),
+    ("pissa", dict(finetuning_type="lora", pissa_init=True, pissa_convert=True))])
+def test_our_words_become_its_own(tmp_path, word, wanted):
+    config = load_config("tiny", dict(finetuning_type=word, use_cpu=False))
+    f.check_factory(config)
+    keys = f.factory_keys(config, tmp_path, "model", False, ("cpu", "torch.float32"))
+    others = {"use_dora", "use_rslora", "pissa_init", "pissa_convert", "loraplus_lr_ratio", "quantization_bit"}
+    assert {k: keys[k] for k in wanted} == wanted and not others & set(keys) - set(wanted)
+    assert not {"num_virtual_tokens", "encoder_hidden_size", "prompt_tuning_init_text"} & set(keys)
+
+
+def test_few_bits_need_a_gpu_there():
+    with pytest.raises(VlmError, match="LLaMA-Factory needs a GPU for 4 bits"):
+        f.check_factory(load_config("tiny", dict(finetuning_type="qlora")))
 
 
 def test_torchrun_is_refused(monkeypatch):

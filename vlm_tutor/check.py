@@ -33,6 +33,7 @@ from .core import (Example, Result, VlmError, append_jsonl, asset, atomic_write,
                             json_line, md_table, progress, read_json_file, read_jsonl, table, upright_size)
 from .receipts import SPLITS
 from .report import html_table, image_data_url, tag, whole_page
+from .examples import saved_schema
 from .sources import (DIALECTS, IMAGE_TYPES, PLACEHOLDERS, choose_data_set, compact_json, find_schema,
                                plain_row, read_source, sharegpt_row)
 
@@ -808,7 +809,7 @@ def lengths(self: TokenCounter,
     sizes: list, # one list an example: width and height of each of its images, upright
 ) -> list: # dicts with image, prompt, answer, length (tokens), fate and llamafactory (what happens there)
     "How long each row is, and what LLaMA-Factory would do to it"
-    asked = [self.chat(example.prompt, None, len(example.images), getattr(example, 'system', ''))
+    asked = [self.chat(example.prompt, None, len(example.images), example.system)
              for example in examples]
     behind = [text.rpartition('<|image_pad|>')[2] for text in asked]
     closed = [example.target + self.closing for example in examples]
@@ -1108,11 +1109,17 @@ def _write_report(facts, found, looks, allow):
     code = int(bool(must and not facts['moved']))
     return Result(json.loads(told), text, f"{heads}\n\n{named if lines else 'nothing found'}", code)
 
+# %% ../nbs/08_check.ipynb #054360f6
+def _schema(schema, folder, name):
+    "The schema that is asked for, else the one that was saved beside the data"
+    if schema is not None or not Path(folder).is_dir(): return find_schema(schema)
+    return saved_schema(folder, name)
+
 # %% ../nbs/08_check.ipynb #5e2bfae5
 def check(
     dir: str, # a data-set folder, a folder of images, a .jsonl or a ShareGPT .json file
     config: str = 'cord-better', # a preset, YAML or run folder: which model shall learn, how long a row may be
-    schema: str|None = None, # what an answer may hold, such as cord
+    schema: str|None = None, # what an answer may hold, such as cord; the one saved with the data when left out
     name: str|None = None, # which data set of a folder that holds several
     allow: list = (), # kinds of findings that need not be mended, such as outside
     quarantine: bool = False, # move the rows that must be mended aside, with the reasons
@@ -1121,7 +1128,7 @@ def check(
 ) -> Result: # counts, findings, fields and lengths; its code is 1 when something must be mended
     "Find what would spoil a training run: broken rows and pictures, leaks, rows too long"
     for kind in allow: check_choice('kind of finding', kind, [*MEND, *LOOK])
-    begin, settings, schema = time.monotonic(), load_config(config, overrides), find_schema(schema)
+    begin, settings, schema = time.monotonic(), load_config(config, overrides), _schema(schema, dir, name)
     counter, (root, rows) = TokenCounter(settings), read_all(dir, name, settings.media_dir)
     place = Path(report or (Path(dir) if Path(dir).is_dir() else Path(dir).parent)/'report')
     looks = look_at_all(pictures_to_open(rows, root, allow), place/'pictures.jsonl')

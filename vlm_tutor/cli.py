@@ -13,7 +13,11 @@ import importlib, sys
 # %% ../nbs/27_cli.ipynb #16b0f0fb
 VERBS = {
     'doctor': ('doctor:doctor', 'What is installed, what this machine can do, and what to mend'),
+    'methods': ('methods:methods', 'The fine-tuning methods side by side, or all about one'),
     'config': ('config:show_config', 'What a configuration says, what it means, and what is wrong with it'),
+    'plan': ('memory:plan', 'What a run will take: memory item by item, steps, hours, rows too long, what to change'),
+    'recommend': ('memory:recommend',
+        'Which method for this model, card, data and goal, with the rule behind each'),
     'synth': ('receipts:synth', 'Draw synthetic receipts: one PNG and one JSON of truth each'),
     'show': ('sources:show', 'Look at the first examples of a source'),
     'save-cord-dataset-in-sharegpt-format': ('sharegpt:save_cord_dataset_in_sharegpt_format',

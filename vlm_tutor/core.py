@@ -443,7 +443,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file, self.versions_file = self.path/'config.yaml', self.path/'versions.json'
         self.log_file, self.checkpoints = self.path/'log.jsonl', self.path/'checkpoints'
-        self.adapter, self.report = self.path/'adapter', self.path/'report'
+        self.adapter, self.model, self.report = (self.path/name for name in ('adapter', 'model', 'report'))
     def __repr__(self): return f"RunFolder('{self.path}')"
 
 # %% ../nbs/00_core.ipynb #4a47620e

@@ -6,8 +6,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/engine.html.md"""
 
 # %% auto #0
 __all__ = ['STATE', 'epoch_order', 'step_rows', 'cut', 'answer_tokens', 'PlainLoss', 'LeanLoss', 'rest_tower', 'choose_loss',
-           'Engine', 'processes', 'join_processes', 'shard', 'steps_done', 'last_checkpoint', 'read_tensors', 'Visit',
-           'StepRows']
+           'rate_groups', 'Engine', 'processes', 'join_processes', 'shard', 'steps_done', 'last_checkpoint',
+           'read_tensors', 'Visit', 'StepRows']
 
 # %% ../nbs/17a_engine.ipynb #fc930711
 import json, os, random, shutil
@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 
 from .collate import IGNORE, to_device
-from .config import plan_steps
+from .config import method_keys, plan_steps
 from .core import VlmError, atomic_write, read_json_file, say
 from .features import reuse_memory
 from .lean import MEMORY, answer_only, lean_loss, open_layers, pack, why_not_lean
-from .lora import no_chatter
+from .lora import no_chatter, numbers, save_adapter_files
+from .soft import has_prefix
 
 # %% ../nbs/17a_engine.ipynb #1cd78332
 @lru_cache(2)
@@ -88,13 +89,13 @@ class PlainLoss:
     def __call__(self, rows):
         batch = self.preprocess.collate(rows)
         batch = to_device(answer_only(batch) if self.sparse else batch, self.model.device)
-        dtype = self.model.dtype
+        dtype = numbers(self.model)
         half = torch.autocast(self.model.device.type, dtype) if dtype.itemsize == 2 else nullcontext()
         with half: return self.model(**batch, use_cache=False).loss.float()*answer_tokens(rows)
 
     def save_memory(self) -> bool: # was there anything left to save?
         "Compute the layers twice from now on"
-        if self.memory == 'layers': return False
+        if self.memory == 'layers' or has_prefix(self.model): return False
         self.memory = 'layers'
         with no_chatter(): self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
         self.model.enable_input_require_grads()
@@ -154,8 +155,21 @@ def choose_loss(
     else: reason = f'{kernels} works on the layers as they are' if kernels else why_not_lean(model)
     if not reason: return LeanLoss(model, config.flash_attn), None
     if config.torch_compile:
-        for layer in model.get_base_model().model.language_model.layers: layer.compile(dynamic=True)
+        base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+        for layer in base.model.language_model.layers: layer.compile(dynamic=True)
     return PlainLoss(model, preprocess, config.answer_only_logits), reason
+
+# %% ../nbs/17a_engine.ipynb #5f6fdbdc
+def rate_groups(
+    named: dict, # name: parameter that learns
+    config, # a `Config`
+) -> list: # parameter groups; `times` multiplies the learning rate
+    "Parameters by how fast they learn"
+    ratio = method_keys(config)['loraplus_lr_ratio']
+    if not ratio: return [dict(params=list(named.values()), times=1)]
+    fast = [p for name, p in named.items() if 'lora_B' in name]
+    return [dict(params=[p for name, p in named.items() if 'lora_B' not in name], times=1),
+            dict(params=fast, times=ratio)]
 
 # %% ../nbs/17a_engine.ipynb #a0aa5393
 class Engine:
@@ -177,11 +191,11 @@ class Engine:
         gpu = model.device.type == 'cuda'
         if not gpu: reuse_memory()
         self.most = self.size//processes if config.auto_find_batch_size and gpu else config.per_device_train_batch_size
-        self.optimizer = torch.optim.AdamW(self.named.values(), lr=config.learning_rate, fused=True,
+        self.optimizer = torch.optim.AdamW(rate_groups(self.named, config), lr=config.learning_rate, fused=True,
                                            weight_decay=config.weight_decay)
         steps = self.plan['warmup_steps'], self.plan['steps']
         self.share = get_scheduler(config.lr_scheduler_type, self.optimizer, *steps).lr_lambdas[0]
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=numbers(model) == torch.float16)
 
 # %% ../nbs/17a_engine.ipynb #db6619f4
 @patch
@@ -296,7 +310,7 @@ def step(self: Engine,
     self.scaler.unscale_(self.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(self.named.values(), c.max_grad_norm or float('inf'))
     rate = self.rate(self.steps_done)
-    for group in self.optimizer.param_groups: group['lr'] = rate
+    for group in self.optimizer.param_groups: group['lr'] = rate*group['times']
     self.scaler.step(self.optimizer)
     self.scaler.update()
     self.optimizer.zero_grad()
@@ -359,6 +373,13 @@ def _wait(self: Engine):
     "Let the processes meet here"
     if self.processes > 1: dist.barrier()
 
+# %% ../nbs/17a_engine.ipynb #3e96d309
+@patch
+def _state(self: Engine):
+    "The numbers that a checkpoint notes"
+    return dict(step=self.steps_done, rows_at_once=self.most, memory=self.loss.memory, processes=self.processes,
+                scaler={k: v for k, v in self.scaler.state_dict().items() if isinstance(v, (int, float))})
+
 # %% ../nbs/17a_engine.ipynb #bbe67129
 @patch
 def save(self: Engine,
@@ -371,11 +392,10 @@ def save(self: Engine,
     half = run.checkpoints/f'.{goal.name}.tmp'
     if rank == 0:
         shutil.rmtree(half, ignore_errors=True)
-        self.model.save_pretrained(half, state_dict=self.adapter(), save_embedding_layers=False)
+        half.mkdir(parents=True)
+        if hasattr(self.model, 'peft_config'): save_adapter_files(self.model, half, self.adapter())
         save_file(self.tensors(), half/'optimizer.safetensors')
-        state = dict(step=self.steps_done, rows_at_once=self.most, memory=self.loss.memory, processes=self.processes,
-                     scaler={k: v for k, v in self.scaler.state_dict().items() if isinstance(v, (int, float))})
-        atomic_write(half/STATE, json.dumps(state, indent=1) + '\n')
+        atomic_write(half/STATE, json.dumps(self._state(), indent=1) + '\n')
     self._wait()
     save_file(self.random_state(), half/f'random-{rank}.safetensors')
     self._wait()

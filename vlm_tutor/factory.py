@@ -7,9 +7,9 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/factory.html.md"""
 # %% auto #0
 __all__ = ['FACTORY_TYPES', 'SIDEWAYS', 'REPLACED', 'FACTORY_GROUP', 'ENGINES', 'PLAIN_POSITIONS', 'need_factory',
            'check_factory', 'our_size', 'ready_image', 'write_rows', 'why_misread', 'base_for_factory', 'check_limits',
-           'base_hash', 'factory_keys', 'FactoryLog', 'follow', 'factory_environment', 'stop', 'run_factory',
-           'factory_events', 'collect_adapter', 'weights_in', 'predict_keys', 'prediction_rows', 'check_engine',
-           'train_by_factory', 'train']
+           'base_hash', 'method_in_its_words', 'factory_keys', 'FactoryLog', 'follow', 'factory_environment', 'stop',
+           'run_factory', 'factory_events', 'collect_adapter', 'collect_model', 'weights_in', 'predict_keys',
+           'prediction_rows', 'check_engine', 'train_by_factory', 'train']
 
 # %% ../nbs/19_factory.ipynb #8882c2ec
 import io, json, math, os, re, shutil, signal, subprocess, time
@@ -17,17 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from .config import OWN_KEYS, as_dict, check_kernels, ineffective_keys, load_config, plan_steps
+from .config import (LORA, OWN_KEYS, WEIGHTS, as_dict, check_kernels, ineffective_keys, load_config,
+                              method_keys, method_name, plan_steps)
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, check_choice,
                             content_hash, find_llamafactory, load_image, machine, progress, read_json_file,
                             read_jsonl, read_yaml, say, write_jsonl, write_yaml)
 from .doctor import INSTALL, factory_facts, short
 from .predict import (ADAPTER_FILES, BASE_FILE, adapter_hash, answer_limit, check_base, choose_adapter,
-                               choose_device, image_hash, load_preprocess, model_hash, rows_on_file, split_examples)
+                               choose_device, holds_model, image_hash, load_preprocess, model_hash, rows_on_file,
+                               split_examples)
 from .sharegpt import dataset_entry, set_entries, sharegpt_record
 from .sources import PLACEHOLDERS
 from .train import (check_same, data_hash, events, fitting, plot_loss, say_left_out, start_log,
-                             train_result)
+                             train_result, trained_folder)
 from .train import train as train_natively
 
 # %% ../nbs/19_factory.ipynb #0bb9812c
@@ -39,15 +41,17 @@ def need_factory() -> str: # the command
     raise VlmError(what, remedy=f'Install it with {INSTALL}, or train with --engine native')
 
 # %% ../nbs/19_factory.ipynb #016e3187
-FACTORY_TYPES = ('lora', 'oft', 'freeze', 'full')
+FACTORY_TYPES = (*LORA, *WEIGHTS)
 
 def check_factory(
     config, # a `Config`
     reasons: list = (), # from `misread`: why its transformers would compute something else
 ):
     "Refuse what LLaMA-Factory cannot be asked, before anything starts"
-    rules = [(config.finetuning_type not in FACTORY_TYPES, f"LLaMA-Factory has no finetuning_type "
-              f"'{config.finetuning_type}'. Allowed there: {', '.join(FACTORY_TYPES)}"),
+    word, bits = config.finetuning_type, method_keys(config)['quantization_bit']
+    rules = [(word not in FACTORY_TYPES, f"LLaMA-Factory has no finetuning_type '{word}'. Allowed there: "
+              f"{', '.join(FACTORY_TYPES)}"),
+             (bits and config.use_cpu, f'LLaMA-Factory needs a GPU for {bits} bits'),
              (config.fsdp, 'fsdp=true is a switch of our own engine; LLaMA-Factory would hold all weights everywhere'),
              (int(os.environ.get('WORLD_SIZE', 1)) > 1, 'LLaMA-Factory starts processes itself, not under torchrun'),
              (reasons and not config.freeze_vision_tower, 'the base reaches LLaMA-Factory with a wider vision tower '
@@ -170,6 +174,15 @@ def base_hash(
     path = resolve_model(name)
     return model_hash(name, None if Path(path).is_dir() else SimpleNamespace(config=AutoConfig.from_pretrained(path)))
 
+# %% ../nbs/19_factory.ipynb #50630996
+def method_in_its_words(
+    config, # a `Config`
+) -> dict: # keys and values
+    "The method as LLaMA-Factory names it"
+    if config.finetuning_type not in LORA: return dict(finetuning_type=config.finetuning_type)
+    keys = {name: value for name, value in method_keys(config).items() if value}
+    return dict(finetuning_type='lora', **keys) | (dict(pissa_convert=True) if 'pissa_init' in keys else {})
+
 # %% ../nbs/19_factory.ipynb #68689cae
 REPLACED = ('dataset', 'eval_dataset', 'dataset_dir', 'media_dir', 'max_samples', 'val_size', 'warmup_ratio',
             'plot_loss', 'auto_find_batch_size', 'output_dir')
@@ -183,6 +196,7 @@ def factory_keys(
 ) -> dict: # keys and values
     "The YAML for LLaMA-Factory: the configuration, with its rows and places"
     keys = {name: value for name, value in as_dict(config).items() if name not in OWN_KEYS + REPLACED}
+    keys |= method_in_its_words(config)
     device, kind = numbers[0], str(numbers[1])
     went_on = any((place/'output').glob('checkpoint-*'))
     keys |= dict(model_name_or_path=model, do_train=True, dataset='train', dataset_dir=str(place),
@@ -326,7 +340,8 @@ def collect_adapter(
     "Put LLaMA-Factory's adapter into the run folder, whole or not at all"
     half = run.path/'.adapter.tmp'
     shutil.rmtree(half, ignore_errors=True)
-    _copy_adapter(output, half)
+    plain = output/'pissa_converted' # what LLaMA-Factory makes of PiSSA at the end
+    _copy_adapter(plain if plain.exists() else output, half)
     about = read_json_file(half/ADAPTER_FILES[0]) | dict(base_model_name_or_path=base['name'])
     atomic_write(half/ADAPTER_FILES[0], json.dumps(about, indent=2) + '\n')
     atomic_write(half/BASE_FILE, json.dumps(base) + '\n')
@@ -340,6 +355,25 @@ def _copy_adapter(output, goal):
                                                       remedy=f'Read {short(output.parent/"train.log")}')
         goal.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output/name, goal/name)
+
+# %% ../nbs/19_factory.ipynb #68952be2
+def collect_model(
+    output: Path, # what LLaMA-Factory wrote
+    run, # a `RunFolder`
+    base: dict, # name, hash and the parts that were trained
+):
+    "Put LLaMA-Factory's model into the run folder, whole or not at all"
+    half = run.path/'.model.tmp'
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    ours = {'.safetensors', '.json', '.jinja', '.txt'}
+    for path in output.iterdir():
+        if path.suffix in ours and not path.name.endswith(('_results.json', '_state.json')): shutil.copy(path, half)
+    if not holds_model(half): raise VlmError(f"LLaMA-Factory ended without '{output}/config.json'",
+                                             remedy=f'Read {short(output.parent/"train.log")}')
+    atomic_write(half/BASE_FILE, json.dumps(base) + '\n')
+    shutil.rmtree(run.model, ignore_errors=True)
+    os.replace(half, run.model)
 
 # %% ../nbs/19_factory.ipynb #a16c8e52
 def weights_in(
@@ -356,16 +390,17 @@ FACTORY_GROUP = 'llamafactory-model'
 def predict_keys(
     train: dict, # keys of train.yaml
     place: Path, # where it lies
-    adapter: Path, # the adapter's folder
+    adapter: Path, # the adapter's folder, or a whole model
     preprocess, # a `Preprocess`
     examples: list, # rows to answer
 ) -> dict: # keys and values
     "The YAML that lets LLaMA-Factory answer the test rows"
     kept = ('model_name_or_path', 'stage', 'finetuning_type', 'template', 'image_max_pixels', 'image_min_pixels',
             'use_cpu', 'bf16', 'fp16', 'report_to', 'per_device_eval_batch_size', 'dataset_dir')
+    made = dict(model_name_or_path=str(adapter)) if holds_model(adapter) else dict(adapter_name_or_path=str(adapter))
     longest = max(map(preprocess.length, examples))
     return {name: train[name] for name in kept if name in train} | dict(
-        do_predict=True, predict_with_generate=True, adapter_name_or_path=str(adapter), eval_dataset='test',
+        do_predict=True, predict_with_generate=True, **made, eval_dataset='test',
         output_dir=str(place/'answers'), overwrite_output_dir=True, overwrite_cache=True, do_sample=False,
         max_new_tokens=answer_limit(preprocess, examples), cutoff_len=max(preprocess.cutoff_len, longest))
 
@@ -406,7 +441,7 @@ def _announce(config, command, counts, device, reasons):
     if reasons: say(f"note  {config.model_name_or_path} is handed over in another form of the same function, because "
                     f"LLaMA-Factory's transformers would misread it: {'; '.join(reasons)}")
     version = ' (transformers '.join(made[name] for name in ('llamafactory', 'transformers') if made.get(name))
-    say(f"LLaMA-Factory {version + ')' if version else 'of unknown version'}   LoRA r{config.lora_rank}   "
+    say(f"LLaMA-Factory {version + ')' if version else 'of unknown version'}   {method_name(config)}   "
         f"{counts['rows']} rows, {counts['validation']} for validation   on {device}")
     return made
 
@@ -430,18 +465,26 @@ def _prepare(config, run, device, loaded, data):
 
 def _place(run): return (run.path/'llamafactory').resolve()
 
-# %% ../nbs/19_factory.ipynb #cf9c2f62
+# %% ../nbs/19_factory.ipynb #69694640
 def _seconds_before(run):
     "Seconds of earlier, interrupted attempts"
     return sum(row.get('before', 0) for row in events(run, 'start')) + \
         sum(row['seconds'] for row in events(run, 'stopped'))
 
+# %% ../nbs/19_factory.ipynb #cf9c2f62
+def _parts(config):
+    "The parts of the model that learned"
+    from vlm_tutor.lora import trained_parts
+    return trained_parts(config)
+
 def _finish(run, config, told, start, left_out, seconds):
     "Bring adapter and history into the run folder, and close the log"
     base, output = dict(name=config.model_name_or_path, hash=start['base']), _place(run)/'output'
     rows = factory_events(output)
-    collect_adapter(output, run, base)
-    trainable, total = told.parameters or (weights_in(run.adapter), 0)
+    if config.finetuning_type in WEIGHTS: collect_model(output, run, base | dict(parts=_parts(config)))
+    else: collect_adapter(output, run, base)
+    made = trained_folder(run)
+    trainable, total = told.parameters or (weights_in(made), 0)
     if (_place(run)/'base').exists():
         from vlm_tutor.tiny import resolve_model
         total = trainable + weights_in(resolve_model(config.model_name_or_path))
@@ -449,7 +492,7 @@ def _finish(run, config, told, start, left_out, seconds):
     start |= dict(steps=steps, trainable=trainable, total=total, share=trainable/total if total else None)
     start_log(run, start, left_out, 0)
     for row in rows: append_jsonl(run.log_file, row)
-    done = dict(step=steps, epoch=rows[-1]['epoch'], adapter=adapter_hash(run.adapter), seconds=round(seconds, 2))
+    done = dict(step=steps, epoch=rows[-1]['epoch'], adapter=adapter_hash(made), seconds=round(seconds, 2))
     append_jsonl(run.log_file, dict(event='done') | done)
     if config.plot_loss: plot_loss(run)
 
@@ -477,10 +520,10 @@ PLAIN_POSITIONS = (f'note  {FACTORY_GROUP} is what LLaMA-Factory answers by itse
 def _answer(config, run, command, device, preprocess):
     "Let LLaMA-Factory answer the test rows, unless its answers are on file"
     place, examples, path = _place(run), split_examples(config, 'test'), run.predictions(FACTORY_GROUP)
-    keys = predict_keys(read_yaml(place/'train.yaml'), place, run.adapter.resolve(), preprocess, examples)
+    keys = predict_keys(read_yaml(place/'train.yaml'), place, trained_folder(run).resolve(), preprocess, examples)
     decoding = {name: keys[name] for name in ('do_sample', 'max_new_tokens', 'bf16', 'fp16')} | preprocess.size
     now = dict(model=f"{config.model_name_or_path}@{base_hash(config.model_name_or_path)}", split='test',
-               adapter=adapter_hash(run.adapter), decoding=dict(engine='llamafactory', **decoding))
+               adapter=adapter_hash(trained_folder(run)), decoding=dict(engine='llamafactory', **decoding))
     if len(rows_on_file(path, now, examples)) < len(examples):
         say(PLAIN_POSITIONS)
         write_rows(place, 'test', examples, preprocess)
@@ -514,7 +557,7 @@ def train_by_factory(
     examples, validation = split_examples(config, 'train'), split_examples(config, 'validation')
     command, run, data = need_factory(), RunFolder(config.output_dir), data_hash(examples)
     check_engine(run, 'llamafactory')
-    done = run.adapter.exists() and bool(events(run, 'done'))
+    done = trained_folder(run).exists() and bool(events(run, 'done'))
     preprocess, reasons = _eyes(config, device, command) if predict or not done else (None, [])
     run = RunFolder.create(run.path, as_dict(config))
     check_same(run, 'data set', data)

@@ -108,7 +108,9 @@ def why_not_kept(
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     vlm = getattr(base, 'model', None)
     if not hasattr(vlm, 'visual') or not hasattr(vlm, 'get_image_features'): return 'another architecture'
-    learns = any('lora_' in name or base is not model and p.requires_grad for name, p in vlm.visual.named_parameters())
+    added, trained = ('lora_', 'ia3_'), base is not model or hasattr(model, 'numbers') # 14_lora marks what is trained
+    learns = any(trained and p.requires_grad or any(word in name for word in added)
+                 for name, p in vlm.visual.named_parameters())
     return 'the vision part learns' if learns else None
 
 # %% ../nbs/13a_features.ipynb #59ea8e78

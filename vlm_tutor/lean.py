@@ -378,6 +378,7 @@ def _odd(layer):
         base = getattr(linear, 'base_layer', linear)
         if type(base) is not torch.nn.Linear: return f'weights of the kind {type(base).__name__}'
         if base is linear: continue
+        if not hasattr(linear, 'lora_dropout'): return 'adapters of another kind than LoRA'
         drop = linear.lora_dropout['default']
         plain = linear.lora_variant.get('default') is None if hasattr(linear, 'lora_variant') else True
         if not plain or getattr(linear, 'fan_in_fan_out', False): return 'a variant of LoRA'
@@ -389,7 +390,9 @@ def why_not_lean(
     model, # a PeftModel
 ) -> str|None: # the reason, None when it can
     "Why a model cannot train the short way"
-    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    if not hasattr(model, 'get_base_model'): return 'whole weights that learn'
+    if model.active_peft_config.is_prompt_learning: return 'learned tokens stand before each row'
+    base = model.get_base_model()
     vlm = getattr(base, 'model', None)
     text = getattr(vlm, 'language_model', None)
     if text is None or not hasattr(vlm, 'get_rope_index') or not hasattr(base, 'lm_head'): return 'another architecture'

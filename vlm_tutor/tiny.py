@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.processing_utils import ProcessorMixin
@@ -166,6 +165,7 @@ def load_processor(name: str):
     tok = AutoTokenizer.from_pretrained(path)
     return ImageTextProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tok, chat_template=tok.chat_template)
 
+# %% ../nbs/12_tiny.ipynb #5d6e627f
 ATTENTION = dict(auto=None, sdpa='sdpa', fa2='flash_attention_2', disabled='eager')  # in transformers' words
 
 def load_model(
@@ -174,15 +174,20 @@ def load_model(
     dtype=torch.float32,  # of the weights in memory
     attention: str = 'auto',  # one of `ATTENTION`
     liger: bool = False,  # Liger's kernels for norms, rotation and MLPs?
+    quantisation=None,  # what holds weights in fewer bits; see 14_lora
 ):  # a model in evaluation mode
     "A vision language model, ready to predict."
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise VlmError(f"device '{device}' was asked for but no CUDA GPU is there", remedy='set use_cpu=true')
     hf_logging.disable_progress_bar()
+    places = {'': device} if quantisation else None
     model = AutoModelForImageTextToText.from_pretrained(resolve_model(name), dtype=dtype,
-                                                        attn_implementation=ATTENTION[attention])
-    if liger: apply_liger_kernel(model, dict(fused_linear_cross_entropy=False, cross_entropy=False))
-    return model.to(device).eval()
+                                                        attn_implementation=ATTENTION[attention],
+                                                        quantization_config=quantisation, device_map=places)
+    if liger:
+        from transformers.integrations.liger import apply_liger_kernel
+        apply_liger_kernel(model, dict(fused_linear_cross_entropy=False, cross_entropy=False))
+    return (model if quantisation else model.to(device)).eval()
 
 # %% ../nbs/12_tiny.ipynb #101f97f2
 @torch.no_grad()

@@ -7,7 +7,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/train.html.md"""
 # %% auto #0
 __all__ = ['SAMPLE', 'Rows', 'augmentation_of', 'check_enlarged', 'start_log', 'events', 'sample_f1', 'StopSignal', 'is_due',
            'Watch', 'validation_loss', 'run_steps', 'data_hash', 'check_same', 'plot_loss', 'save_adapter',
-           'train_result', 'say_left_out', 'fitting', 'train']
+           'save_model', 'trained_folder', 'train_result', 'say_left_out', 'fitting', 'train']
 
 # %% ../nbs/18_train.ipynb #a4f9f104
 import contextlib, json, os, shutil, signal, threading, time
@@ -17,12 +17,12 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .augment import Augmentation
-from .config import as_dict, ineffective_keys, load_config
+from .config import as_dict, ineffective_keys, load_config, method_name, remarks
 from .core import (COLOURS, Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, content_hash,
                             read_jsonl, say, set_seed, write_jsonl)
 from .metrics import score
-from .predict import (BASE_FILE, adapter_hash, answer_limit, check_base, choose_device, generate, image_hash,
-                               load_run_model, split_examples)
+from .predict import (BASE_FILE, adapter_hash, answer_limit, check_base, check_kind, choose_device, generate,
+                               holds_model, image_hash, load_run_model, split_examples)
 
 # %% ../nbs/18_train.ipynb #09f751e9
 class Rows:
@@ -285,13 +285,48 @@ def save_adapter(
     base: dict, # name and hash of the base
 ):
     "Put the adapter into the run folder, whole or not at all"
+    from vlm_tutor.lora import save_adapter_files
     half = run.path/'.adapter.tmp'
     shutil.rmtree(half, ignore_errors=True)
     engine.model.peft_config['default'].base_model_name_or_path = base['name']
-    engine.model.save_pretrained(half, state_dict=engine.adapter(), save_embedding_layers=False)
+    save_adapter_files(engine.model, half, engine.adapter())
     atomic_write(half/BASE_FILE, json.dumps(base) + '\n')
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.replace(half, run.adapter)
+
+# %% ../nbs/18_train.ipynb #f7167805
+def _beside_the_weights(name, goal):
+    "Copy what a model folder holds besides weights: tokenizer, processor, chat template"
+    from vlm_tutor.tiny import resolve_model
+    found = resolve_model(name)
+    if not Path(found).is_dir():
+        from huggingface_hub import snapshot_download
+        found = snapshot_download(found, allow_patterns=['*.json', '*.txt', '*.jinja', '*.model'])
+    for path in Path(found).iterdir():
+        wanted = path.suffix in ('.json', '.txt', '.jinja', '.model') and not path.name.endswith('.index.json')
+        if wanted and not (goal/path.name).exists(): shutil.copyfile(path, goal/path.name)
+
+def save_model(
+    engine, # an `Engine` whose model has no adapter
+    run, # a `RunFolder`
+    base: dict, # name and hash of the base
+):
+    "Put the whole model into the run folder, or nothing"
+    from vlm_tutor.lora import numbers, trained_parts
+    half = run.path/'.model.tmp'
+    shutil.rmtree(half, ignore_errors=True)
+    engine.model.to(numbers(engine.model)).save_pretrained(half)
+    _beside_the_weights(base['name'], half)
+    atomic_write(half/BASE_FILE, json.dumps(base | dict(parts=trained_parts(engine.config))) + '\n')
+    shutil.rmtree(run.model, ignore_errors=True)
+    os.replace(half, run.model)
+
+# %% ../nbs/18_train.ipynb #72db2259
+def trained_folder(
+    run, # a `RunFolder`
+) -> Path: # perhaps not there yet
+    "What a run made: its model/ when weights were trained, else its adapter/"
+    return run.model if holds_model(run.model) else run.adapter
 
 # %% ../nbs/18_train.ipynb #bad5c3c9
 def train_result(
@@ -301,14 +336,16 @@ def train_result(
     "What a finished run has to tell"
     start, done, steps = events(run, 'start')[0], events(run, 'done')[-1], events(run, 'step')
     last, plot = (events(run, 'validation') or [{}])[-1], run.report/'loss.png'
+    folder = trained_folder(run)
+    what = folder.name
     facts = dict(run=str(run.path), steps=done['step'], loss=steps[-1]['loss'], validation_loss=last.get('loss'),
                  validation_field_f1=last.get('field_f1'), seconds=done['seconds'], trainable=start['trainable'],
                  share=start['share'], rows=start['rows'], left_out=len(events(run, 'left_out')),
-                 adapter=str(run.adapter))
+                 **{what: str(folder)})
     line = [f"{'done before' if again else 'done'}   {done['step']} steps", f"loss {facts['loss']:.3g}"]
     score = f", field F1 {last['field_f1']:.2f}" if 'field_f1' in last else ''
     if last: line.append(f"validation loss {last['loss']:.3g}{score}")
-    text = ['   '.join([*line, f"{done['seconds']:.0f} s"]), f'adapter  {run.adapter}']
+    text = ['   '.join([*line, f"{done['seconds']:.0f} s"]), f'{what:<7}  {folder}']
     text += [f'plot     {plot}'] if plot.exists() else []
     return Result(facts, '\n'.join([*text, f'next     vlm predict {run.path}']))
 
@@ -339,6 +376,8 @@ def _announce(config, device, counts, left_out, engine, why):
     "Say what is trained, what is left out and which keys have no effect"
     rows = len(split_examples(replace(config, max_samples=None, val_size=0), 'train'))
     for name, reason in ineffective_keys(config, 'native', rows, device): say(f'note  {name} has no effect: {reason}')
+    for name, text in remarks(config):
+        if name == 'learning_rate': say(f'note  {name}: {text}')
     if config.lean_forward and engine.reason: say(f'note  lean_forward has no effect: {engine.reason}')
     strength = f'strength {config.augmentation_strength:g}'
     if config.augmentation: say(f'images are disturbed by {config.augmentation}, {strength}')
@@ -346,7 +385,7 @@ def _announce(config, device, counts, left_out, engine, why):
     say_left_out(left_out)
     shared = ', weights shared' if config.fsdp else ''
     many = f' in {engine.processes} processes{shared}' if engine.processes > 1 else ''
-    say(f"LoRA r{config.lora_rank}   {counts['trainable']:,} trainable ({counts['share']:.1%})   {counts['rows']} rows,"
+    say(f"{method_name(config)}   {counts['trainable']:,} trainable ({counts['share']:.1%})   {counts['rows']} rows,"
         f" {counts['validation']} for validation   {counts['steps']} steps on {device}{many}")
 
 # %% ../nbs/18_train.ipynb #920185c6
@@ -377,7 +416,7 @@ def _meet():
 def _prepare(config, run, device, loaded, data, examples, validation):
     "Everything a run needs, ready for the first step: its watch, its rows, and how it is judged"
     from vlm_tutor.engine import Engine, last_checkpoint, processes, rest_tower, shard, steps_done
-    from vlm_tutor.lora import build_adapter, count_trainable
+    from vlm_tutor import lora, soft
     (model, preprocess, base), (rank, many) = loaded, processes()
     check_same(run, 'base', base)
     if config.adapter_name_or_path: check_base(config.adapter_name_or_path, config.model_name_or_path, base)
@@ -385,12 +424,12 @@ def _prepare(config, run, device, loaded, data, examples, validation):
     disturbed = augmentation_of(config)
     if disturbed: check_enlarged(preprocess, kept, disturbed)
     set_seed(config.seed)
-    model = build_adapter(model, config)
+    model = soft.build_method(model, config)
     rest_tower(model)
     store, why = _kept_features(config, run, model, preprocess, base, (kept, validation))
     set_seed(config.seed + rank)
     engine = Engine(model, preprocess, replace(config, max_samples=None, val_size=0), len(kept), many)
-    counts = dict(rows=len(kept), validation=len(validation), steps=engine.plan['steps'], **count_trainable(model))
+    counts = dict(rows=len(kept), validation=len(validation), steps=engine.plan['steps'], **lora.count_trainable(model))
     if config.fsdp and many > 1: shard(model)
     checkpoint = last_checkpoint(run)
     if checkpoint: engine.load(checkpoint)
@@ -402,11 +441,12 @@ def _prepare(config, run, device, loaded, data, examples, validation):
 
 # %% ../nbs/18_train.ipynb #47b80a7c
 def _finish(watch, base):
-    "Save the adapter, close the log, draw the curve"
+    "Save what was trained, close the log, draw the curve"
     run, config = watch.run, watch.engine.config
     if watch.first:
-        save_adapter(watch.engine, run, dict(name=config.model_name_or_path, hash=base))
-        watch.write('done', dict(adapter=adapter_hash(run.adapter)))
+        save = save_adapter if hasattr(watch.engine.model, 'peft_config') else save_model
+        save(watch.engine, run, dict(name=config.model_name_or_path, hash=base))
+        watch.write('done', dict(adapter=adapter_hash(trained_folder(run))))
         if config.plot_loss: plot_loss(run)
     _meet()
     return train_result(run)
@@ -430,14 +470,15 @@ def train(
     config: str, # a preset, a YAML file or a run folder
     device: str = 'auto', # auto, cpu or cuda
     overrides: list = (), # changes as key=value; data=FOLDER names the data set
-) -> Result: # steps, losses, score, seconds and the adapter
-    "Fine-tune an adapter; the same command again goes on, or says that it is done"
+) -> Result: # steps, losses, score, seconds and the folder
+    "Fine-tune a model; the same command again goes on, or says that it is done"
     config = load_config(config, overrides)
     augmentation_of(config) # names that are no augmentation are refused before anything is read
+    check_kind(config)
     examples, validation = split_examples(config, 'train'), split_examples(config, 'validation')
     run, data = RunFolder.create(config.output_dir, as_dict(config)), data_hash(examples)
     check_same(run, 'data set', data)
-    if run.adapter.exists() and events(run, 'done'): return train_result(run, again=True)
+    if trained_folder(run).exists() and events(run, 'done'): return train_result(run, again=True)
     device = choose_device(config, device)[0]
     with _one_voice():
         from vlm_tutor.engine import join_processes
