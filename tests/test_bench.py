@@ -1,5 +1,6 @@
 """The bench: files that are checked, statistics worked out by hand, losses that must be equal, runs that go on."""
 import json, re, subprocess, sys
+from pathlib import Path
 
 import pytest
 from checkout import PACKAGE
@@ -28,7 +29,7 @@ def test_shipped_experiments_are_whole(name):
 
 def test_the_experiments_of_the_house_are_there():
     wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "rows", "cord_gpu", "predict", "mini",
-              "save"}
+              "save", "nted"}
     assert set(b.experiments()) == wanted
 
 
@@ -164,6 +165,17 @@ def test_the_table_is_the_same_again_and_is_read_by_datasets(tmp_path):
     assert [row["image"].size for row in rows] == [(64, 96)]*2 and one["image_mb"] > 0
     assert [row["image"].tobytes() for row in rows] == [row["image"].tobytes() for row in other]
     assert rows[0]["image"].tobytes() != rows[1]["image"].tobytes(), "equal images would be stored once"
+
+
+def test_pairs_to_score_are_misread_receipts(tmp_path):
+    from vlm_tutor.metrics import field_f1, nted_accuracy
+    settings = b.SETTINGS | dict(rows=3, items=20)
+    one, two = (b.make_pairs(settings, tmp_path/name)["data"] for name in "ab")
+    pairs = json.loads(Path(one, "pairs.json").read_text())
+    assert json.loads(Path(two, "pairs.json").read_text()) == pairs and len(pairs) == 3
+    for read, true in pairs:
+        assert (len(read["menu"]), len(true["menu"])) == (19, 20)
+        assert .5 < nted_accuracy(read, true) < 1 and .4 < field_f1([read], [true]) < 1
 
 
 def test_a_real_bench_of_saving(tmp_path, monkeypatch):

@@ -43,7 +43,9 @@ def test_a_made_environment_is_kept_until_its_list_changes(tmp_path, monkeypatch
 
 
 def test_environments_are_pinned_where_it_matters():
-    for steps in d.ENVIRONMENTS.values():
+    donut = d.ENVIRONMENTS["donut"]  # scores only, and holds no torch
+    assert all("==" in word for step in donut for word in step if word[0] != "-")
+    for steps in (steps for name, steps in d.ENVIRONMENTS.items() if name != "donut"):
         words = [word for step in steps for word in step]
         assert steps[0] == ["torch==2.13.0"], "torch first, so that nothing later chooses a build of it"
         for name in ("transformers", "peft", "accelerate", "datasets", "trl"):

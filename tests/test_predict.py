@@ -5,7 +5,8 @@ import pytest
 import torch
 from vlm_tutor.config import as_dict, load_config
 from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, read_jsonl, write_jsonl
-from vlm_tutor.predict import answer_batch, answer_limit, generate, load_run_model, model_hash, predict, split_examples
+from vlm_tutor.predict import (answer_batch, answer_limit, generate, generate_sure, load_run_model, model_hash, predict,
+                               split_examples)
 from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
 from vlm_tutor.sources import load_examples
 from vlm_tutor.tiny import build_processor, build_tiny, save_tiny
@@ -72,6 +73,24 @@ def test_answers_are_those_of_plain_transformers(whole):
     assert generate(model, preprocess, [preprocess.encode(example, answer=False)], 5) == [expected]
 
 
+def test_confidence_is_the_mean_log_probability_of_the_tokens(whole):
+    "Against one forward pass over question and answer"
+    config = load_config(whole.config_file)
+    model, preprocess, _ = load_run_model(config)
+    examples = split_examples(config, "test")[:2]
+    told = generate_sure(model, preprocess, [preprocess.encode(e, answer=False) for e in examples], 12)
+    for example, (text, logprob) in zip(examples, told):
+        inputs = preprocess.processor(text=[preprocess.question(example)], images=example.load_images(),
+                                      return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        zero, one = torch.zeros_like(ids), torch.ones_like(ids)
+        for name, more in (("input_ids", ids), ("attention_mask", one), ("mm_token_type_ids", zero)):
+            inputs[name] = torch.cat([inputs[name], more], 1)
+        with torch.no_grad(): logits = model(**inputs).logits[:, -ids.shape[1] - 1:-1]
+        wanted = logits.log_softmax(-1).gather(2, ids[..., None]).mean().item()
+        assert preprocess.decode(ids[0]) == text and logprob == pytest.approx(wanted, abs=2e-4) and logprob < 0
+
+
 def test_a_killed_prediction_goes_on(run, whole):
     path = run.predictions("vanilla-model")
     path.unlink()
@@ -135,7 +154,7 @@ def test_one_bad_image_costs_one_row(run):
     examples = split_examples(config, "test")[:3]
     examples[1].images = ["gone.png"]
     found = answer_batch(model, preprocess, examples, 8)
-    assert [bool(error) for _, error in found] == [False, True, False] and "gone.png" in found[1][1]
+    assert [bool(row["error"]) for row in found] == [False, True, False] and "gone.png" in found[1]["error"]
 
 
 def test_the_limit_leaves_room_for_the_longest_answer(whole):
@@ -195,7 +214,10 @@ def test_groups_in_one_call_answer_as_they_do_alone(run):
     assert (answers(run, "vanilla-model"), answers(run, "finetuned-model")) == alone and alone[0] != alone[1]
     index = [json.loads(line) for file in (run.path / "features").glob("*.jsonl") for line in file.open()]
     assert len({row["image"] for row in index}) == len(index) == 6  # each image was looked at once
-    with pytest.raises(VlmError, match="one group"): predict(str(run.path), "a,b", adapter="x")
+    with pytest.raises(VlmError, match="1 folders for 2 groups"): predict(str(run.path), "a,b", adapter="x")
+    shutil.copytree(run.adapter, run.path / "copy")
+    predict(str(run.path), "a,vanilla-model,b", adapter=f"{run.adapter},{run.path / 'copy'}")
+    assert answers(run, "a") == answers(run, "b") == alone[1] and answers(run, "vanilla-model") == alone[0]
 
 
 def test_answers_can_be_held_to_a_schema(whole, tmp_path):

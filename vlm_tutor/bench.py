@@ -7,12 +7,13 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/bench.html.md"""
 # %% auto #0
 __all__ = ['SETTINGS', 'ENGINE', 'EXPERIMENT', 'CHOICES', 'WORK_KEYS', 'JOB_KEYS', 'AXES', 'RESULTS', 'experiments', 'checked',
            'find_experiment', 'load_experiment', 'point_name', 'all_points', 'scaled_config', 'small_config',
-           'random_word', 'draw_page', 'random_answer', 'make_work', 'photo', 'make_table', 'engine_python', 'make_job',
-           'own_config', 'worker_environment', 'run_worker', 'check_losses', 'check_answers', 'check_saved',
-           'code_hash', 'plan_runs', 'run_key', 'one_run', 'said', 'run_point', 'coverage', 'middle', 'cost',
-           'steps_per_epoch', 'figures', 'engine_record', 'ratios', 'better', 'point_record', 'fit_law', 'law_value',
-           'amount', 'laws', 'bench_record', 'spread', 'engine_rows', 'law_rows', 'show_bench', 'plot_ratios',
-           'plot_laws', 'result_file', 'check_device', 'bench', 'show_recorded']
+           'random_word', 'draw_page', 'random_answer', 'make_work', 'photo', 'make_table', 'make_pairs',
+           'engine_python', 'make_job', 'own_config', 'worker_environment', 'run_worker', 'check_losses',
+           'check_answers', 'check_saved', 'code_hash', 'plan_runs', 'run_key', 'one_run', 'said', 'run_point',
+           'coverage', 'middle', 'cost', 'steps_per_epoch', 'figures', 'engine_record', 'ratios', 'better',
+           'point_record', 'fit_law', 'law_value', 'amount', 'laws', 'bench_record', 'spread', 'engine_rows',
+           'law_rows', 'show_bench', 'plot_ratios', 'plot_laws', 'result_file', 'check_device', 'bench',
+           'show_recorded']
 
 # %% ../nbs/25_bench.ipynb #5d9adc85
 import json, math, os, random, shutil, statistics, subprocess, sys, time
@@ -30,11 +31,12 @@ from .sources import load_examples
 SETTINGS = dict(model='scaled-2b', data=None, vocabulary=9496, rows=16, image=[448, 672], answer_tokens=180,
                 image_max_pixels=589824, dtype='float32', batch=2, accumulation=2, learning_rate=1e-3, lora_rank=8,
                 epochs=10, peer_epochs=2, steps=0, pages=0, repeats=5, threads=1, seed=42, check_steps=4,
-                check_accumulation=None, tolerance=1e-4)
+                check_accumulation=None, tolerance=1e-4, items=20)
 ENGINE = dict(worker='plain', peer=None, checkpointing=None, settings={})
 EXPERIMENT = dict(task='train', device='cpu', engines={}, base={}, points={}, vary={}, report_epochs=[], targets={})
-CHOICES = dict(task=['train', 'predict', 'save'], device=['cpu', 'cuda'], dtype=['float32', 'bfloat16'],
-               worker=['ours', 'plain', 'sft', 'factory', 'save', 'resave'], checkpointing=[None, True, False])
+CHOICES = dict(task=['train', 'predict', 'save', 'score'], device=['cpu', 'cuda'], dtype=['float32', 'bfloat16'],
+               checkpointing=[None, True, False],
+               worker=['ours', 'plain', 'sft', 'factory', 'save', 'resave', 'ted', 'donut'])
 
 def experiments() -> dict:  # name: path
     "The experiments that ship with the package"
@@ -302,6 +304,31 @@ def make_table(
     atomic_write(folder/'work.json', json.dumps(work, indent=1))
     return work
 
+# %% ../nbs/25_bench.ipynb #99f67668
+def _misread(text, rng):
+    "A text, one character of it changed now and then"
+    if rng.random() > .3: return text
+    place = rng.randrange(len(text))
+    return text[:place] + rng.choice('abcdefghij0123456789') + text[place + 1:]
+
+def make_pairs(
+    settings: dict,  # of a point
+    cache: str | Path,  # where work is kept
+) -> dict:  # folder
+    "Receipts and what a model might read of them; made once"
+    folder = Path(cache).resolve()/content_hash(json_line({key: settings[key] for key in ('rows', 'items', 'seed')} |
+                                                          dict(split='pairs')).encode())
+    rng, pairs = random.Random(settings['seed']), []
+    def price(): return f'{rng.randint(1, 99)},{rng.randint(0, 999):03}'
+    for _ in range(settings['rows']):
+        menu = [dict(nm=f'{random_word(rng)} {random_word(rng)}', cnt=str(rng.randint(1, 9)), unitprice=price(),
+                     price=price()) for _ in range(settings['items'])]
+        read = [{key: _misread(text, rng) for key, text in item.items()} for item in menu]
+        read[2:4], read = read[3:1:-1], read[:-1]
+        pairs.append((dict(menu=read), dict(menu=menu, total=dict(total_price=price(), cashprice=price()))))
+    atomic_write(folder/'pairs.json', json.dumps(pairs))
+    return dict(model='', data=str(folder), dataset='bench', adapter='', tokens={})
+
 # %% ../nbs/25_bench.ipynb #94fda678
 def engine_python(
     engine: dict,  # one of an experiment's engines
@@ -358,7 +385,7 @@ def worker_environment(
                   HF_DATASETS_CACHE=str(folder/'cache'))
     if Path(job['model']).is_dir(): found |= dict(HF_HUB_OFFLINE='1')
     if job['device'] == 'cpu': found |= dict(CUDA_VISIBLE_DEVICES='')
-    if job['worker'] in ('ours', 'save'): found |= dict(PYTHONPATH=str(PACKAGE.parent))
+    if job['worker'] in ('ours', 'save', 'ted'): found |= dict(PYTHONPATH=str(PACKAGE.parent))
     return found
 
 # %% ../nbs/25_bench.ipynb #61a1430c
@@ -486,6 +513,7 @@ def run_point(
     "All runs of one point; the race begins when the check has passed"
     task, lines = experiment['task'], {'check': [], 'race': []}
     if task == 'save': work = make_table(settings, folders['work'])
+    elif task == 'score': work = make_pairs(settings, folders['work'])
     else: work = make_work(settings, folders['work'], 'test' if task == 'predict' else 'train')
     for run in plan_runs(list(experiment['engines']), settings['repeats']):
         if run[0] == 'race' and not lines['race']: found = _check(task, lines['check'], settings)
@@ -497,7 +525,8 @@ def run_point(
 def _check(task, lines, settings):
     "The check that suits the task"
     if task == 'save': return check_saved(lines)
-    if task == 'predict': return check_answers({line['engine']: line['answers'] for line in lines})
+    if task in ('predict', 'score'):
+        return check_answers({line['engine']: line['answers'] for line in lines}, .9 if task == 'predict' else 1)
     return check_losses({line['engine']: line['losses'] for line in lines}, settings['tolerance'])
 
 # %% ../nbs/25_bench.ipynb #f5f52906
@@ -720,7 +749,7 @@ def engine_rows(
         row |= {'peak MiB': f"{engine['peak_mib'][held]['median']:.0f}",
                 'start s': f"{engine['startup_seconds']['median']:.1f}"}
         found = at['ratios'].get(name)
-        times = 'times' if record['task'] == 'save' else 'times, {} ep.'
+        times = 'times' if record['task'] in ('save', 'score') else 'times, {} ep.'
         row |= {times.format(n): spread(found['speed'][n]) if found else '' for n in lengths}
         row |= {'of memory': f"{found['memory']['median']:.2f}" if found else ''}
         row |= {'aim': _aim(aims, name, found['speed'][lengths[-1]]) if found else ''} if aims else {}
@@ -735,11 +764,14 @@ def _head(record, name):
     if record['task'] == 'save':
         return (f"{name}: {settings['rows']} rows with an image of {' × '.join(map(str, settings['image']))} pixels, "
                 f"{at['image_mb']:.2f} MB each; the same answers, and the same pixels where nothing is lost")
+    if record['task'] == 'score':
+        return f"{name}: {settings['rows']} receipts of {settings['items']} items; the same scores to nine decimals"
     said = 'answers equal: {:.0%}' if record['task'] == 'predict' else 'losses equal to {:.1e}'
     return (f"{name}: {settings['rows']} rows of {tokens['length']:.0f} tokens ({tokens['image']:.0f} image, "
             f"{tokens['answer']:.0f} answer), batch {settings['batch']} × {settings['accumulation']}, "
             f"{settings['dtype']}; {said.format(at['check'])}")
 
+# %% ../nbs/25_bench.ipynb #351eb097
 def _foot(record):
     "Provenance in one line, and what was projected"
     on, made = record['hardware'], record['versions']
@@ -804,7 +836,7 @@ def plot_ratios(
     for ax, (name, at) in zip(figure.subplots(len(points), squeeze=False)[:, 0], points.items()):
         _draw_ratios(ax, at, COLOURS['finetuned-model'])
         length = list(at['engines']['ours']['epochs'])[-1]
-        over = '' if record['task'] == 'save' else f' over {length} epochs'
+        over = '' if record['task'] in ('save', 'score') else f' over {length} epochs'
         ax.set_title(f'{name}: how many times faster{over}?', fontsize=9, loc='left')
         ax.spines[['top', 'right']].set_visible(False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

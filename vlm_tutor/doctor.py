@@ -64,7 +64,8 @@ ENVIRONMENTS = dict(
          'torchdata==0.11.0', 'tyro==0.8.14', 'av==16.0.0', 'pandas<3', 'einops', 'fire', 'omegaconf', 'matplotlib',
          'scipy', 'sentencepiece', 'tiktoken', 'protobuf', 'pydantic', 'uvicorn', 'fastapi', 'sse-starlette',
          'hf-transfer', 'modelscope', 'jieba', 'nltk', 'rouge_chinese', 'pillow'],
-        ['--no-deps', 'torchvision==0.28.0'], ['--no-deps', 'llamafactory==0.9.5']])
+        ['--no-deps', 'torchvision==0.28.0'], ['--no-deps', 'llamafactory==0.9.5']],
+    donut=[['nltk==3.10.4', 'zss==1.2.0', 'numpy==2.4.6'], ['--no-deps', 'donut-python==1.0.9']])
 
 # %% ../nbs/00a_doctor.ipynb #5ff325fe
 def put_scaffold(
@@ -101,7 +102,7 @@ def make_venv(
     venv, steps = folder.resolve()/peer, ENVIRONMENTS[check_choice('peer', peer, ENVIRONMENTS)]
     python, done = venv/'bin'/'python', venv/'installed.json'
     if not (done.exists() and read_json_file(done) == steps):
-        say(f'making the environment of {peer} in {short(folder/peer)} (minutes, and some gigabytes)')
+        say(f'making the environment of {peer} in {short(folder/peer)} (minutes; gigabytes when it holds torch)')
         _run(peer, [sys.executable, '-m', 'venv', '--clear', str(venv)])
         for number, step in enumerate(steps, 1):
             say(f"{number}/{len(steps)}  pip install {' '.join(step[:3])}{' …' if step[3:] else ''}")

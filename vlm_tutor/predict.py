@@ -8,7 +8,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/predict.html.md"""
 __all__ = ['ADAPTER_FILES', 'BASE_FILE', 'KINDS', 'split_examples', 'model_hash', 'adapter_hash', 'holds_model', 'choose_adapter',
            'check_base', 'check_kind', 'touches_vision', 'choose_device', 'load_preprocess', 'load_run_model', 'switch',
            'stands_alone', 'answer_limit', 'json_depth', 'JsonEnd', 'asks_for_json', 'read_schema', 'schema_processor',
-           'generate', 'answer_batch', 'image_hash', 'what_changed', 'set_aside', 'rows_on_file', 'predict']
+           'Sureness', 'generate_sure', 'generate', 'answer_batch', 'image_hash', 'what_changed', 'set_aside',
+           'rows_on_file', 'predict']
 
 # %% ../nbs/17_predict.ipynb #af544448
 import json, os, time
@@ -18,6 +19,7 @@ from pathlib import Path
 from .config import LORA, check_kernels, choose_rows, cpu_has_bf16, load_config, method_keys
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, check_choice, content_hash,
                             read_json_file, read_jsonl, say, write_jsonl)
+from .endpoint import Endpoint, ask_all, hopeless, read_settings
 from .sources import SPLITS, find_schema, load_examples
 
 # %% ../nbs/17_predict.ipynb #14a431c9
@@ -291,7 +293,49 @@ def schema_processor(
     info = xgrammar.TokenizerInfo.from_huggingface(preprocess.tokenizer, vocab_size=width)
     return LogitsProcessor(xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(schema)))
 
+# %% ../nbs/17_predict.ipynb #dae3c4f0
+class Sureness:
+    "Notes the log-probability of each token that greedy decoding takes"
+    def __init__(self): self.steps = []
+
+    def __call__(self, ids, scores):
+        scores_32 = scores.float()
+        self.steps.append(scores_32.amax(-1) - scores_32.logsumexp(-1))
+        return scores
+
+    def means(self,
+        taken, # rows × tokens: True where a token belongs to the answer
+    ) -> list: # one number a row, 0 when it is certain
+        "The mean over each row's tokens"
+        import torch
+        told = torch.stack(self.steps, 1)[:, :taken.shape[1]]*taken
+        return [round(mean, 5) for mean in (told.sum(1)/taken.sum(1).clamp(min=1)).tolist()]
+
 # %% ../nbs/17_predict.ipynb #a38cbc38
+def generate_sure(
+    model, # a model in evaluation mode
+    preprocess, # a `Preprocess`
+    rows: list, # what `preprocess.encode` made, without answers
+    max_new_tokens: int, # tokens an answer may have
+    until_json: bool = False, # stop a row when its first JSON value is complete
+    schema: dict|None = None, # a JSON Schema that answers are held to; needs xgrammar
+) -> list: # (text, mean log-probability of its tokens)
+    "The model's greedy answers to a batch of questions, and how sure it was of each"
+    import torch
+    from vlm_tutor.collate import to_device
+    from vlm_tutor.features import swift
+    batch = preprocess.collate(rows, side='left')
+    batch = to_device({name: value for name, value in batch.items() if name != 'labels'}, model.device)
+    greedy = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None)
+    sure, pad = Sureness(), preprocess.tokenizer.pad_token_id
+    limits = dict(max_new_tokens=max_new_tokens, pad_token_id=pad, logits_processor=[sure])
+    if until_json: limits['stopping_criteria'] = [JsonEnd(preprocess.tokenizer)]
+    if schema: limits['logits_processor'].insert(0, schema_processor(schema, preprocess, model))
+    with torch.inference_mode(), swift(model): ids = model.generate(**batch, **greedy, **limits)
+    new = ids[:, batch['input_ids'].shape[1]:]
+    return list(zip(map(preprocess.decode, new), sure.means(new != pad)))
+
+# %% ../nbs/17_predict.ipynb #f5e6de76
 def generate(
     model, # a model in evaluation mode
     preprocess, # a `Preprocess`
@@ -301,17 +345,7 @@ def generate(
     schema: dict|None = None, # a JSON Schema that answers are held to; needs xgrammar
 ) -> list: # texts
     "The model's greedy answers to a batch of questions"
-    import torch
-    from vlm_tutor.collate import to_device
-    from vlm_tutor.features import swift
-    batch = preprocess.collate(rows, side='left')
-    batch = to_device({name: value for name, value in batch.items() if name != 'labels'}, model.device)
-    greedy = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None)
-    limits = dict(max_new_tokens=max_new_tokens, pad_token_id=preprocess.tokenizer.pad_token_id)
-    if until_json: limits['stopping_criteria'] = [JsonEnd(preprocess.tokenizer)]
-    if schema: limits['logits_processor'] = [schema_processor(schema, preprocess, model)]
-    with torch.inference_mode(), swift(model): ids = model.generate(**batch, **greedy, **limits)
-    return [preprocess.decode(new) for new in ids[:, batch['input_ids'].shape[1]:]]
+    return [text for text, _ in generate_sure(model, preprocess, rows, max_new_tokens, until_json, schema)]
 
 # %% ../nbs/17_predict.ipynb #1139dd15
 def answer_batch(
@@ -322,13 +356,14 @@ def answer_batch(
     features = None, # a `Features`, in place of pixels
     until_json: bool = False, # stop a row when its first JSON value is complete
     schema: dict|None = None, # a JSON Schema that answers are held to
-) -> list: # (raw text, error or None), one for each example
+) -> list: # dicts: raw, error (None when there is none) and logprob, one for each example
     "Answers to a batch; what fails is tried alone, then recorded"
     try:
         rows = [preprocess.encode(e, answer=False, features=features) for e in examples]
-        return [(text, None) for text in generate(model, preprocess, rows, max_new_tokens, until_json, schema)]
+        found = generate_sure(model, preprocess, rows, max_new_tokens, until_json, schema)
+        return [dict(raw=text, error=None, logprob=logprob) for text, logprob in found]
     except Exception as error:
-        if len(examples) == 1: return [('', f'{type(error).__name__}: {error}')]
+        if len(examples) == 1: return [dict(raw='', error=f'{type(error).__name__}: {error}', logprob=None)]
     more = max_new_tokens, features, until_json, schema
     return [answer for e in examples for answer in answer_batch(model, preprocess, [e], *more)]
 
@@ -393,6 +428,11 @@ def _by_length(examples, preprocess):
         except VlmError: return 0
     return sorted(examples, key=length, reverse=True)
 
+def _append(path, now, example, answer):
+    "Write one row"
+    asked = dict(prompt=example.prompt) | ({'system': example.system} if example.system else {})
+    append_jsonl(path, dict(id=example.id, **answer, **now, **asked, truth=example.target, image=image_hash(example)))
+
 def _predict_rows(path, now, todo, model, preprocess, batch_size, features, schema):
     "Answer `todo` batch by batch and append each row to the file"
     bar, keys = Progress(len(todo), 'predict', 'row'), dict(now['decoding'])
@@ -401,14 +441,19 @@ def _predict_rows(path, now, todo, model, preprocess, batch_size, features, sche
         batch, began = todo[start:start + batch_size], time.perf_counter()
         answers = answer_batch(model, preprocess, batch, **keys)
         seconds = (time.perf_counter() - began)/len(batch)
-        for example, (raw, error) in zip(batch, answers):
-            asked = dict(prompt=example.prompt) | ({'system': example.system} if example.system else {})
-            append_jsonl(path, dict(id=example.id, raw=raw, seconds=round(seconds, 4), **now, **asked,
-                                    truth=example.target, image=image_hash(example), error=error))
+        for example, answer in zip(batch, answers):
+            _append(path, now, example, answer | dict(seconds=round(seconds, 4)))
         bar.update(len(batch))
     bar.close()
 
 # %% ../nbs/17_predict.ipynb #7016f8db
+def _bill(rows):
+    "What an endpoint's answers cost in money and time"
+    asked = [row for row in rows if not row['error']]
+    seconds = sorted(row['seconds'] for row in asked)
+    return dict(cost=sum(row.get('cost') or 0 for row in asked), seconds_each=seconds[len(seconds)//2] if asked else 0.,
+                tokens=[sum(row['tokens'][i] for row in asked) for i in (0, 1)])
+
 def _predict_result(run, group, split, wanted, reused):
     "What `predict` tells"
     path, ids = run.predictions(group), {example.id for example in wanted}
@@ -416,7 +461,9 @@ def _predict_result(run, group, split, wanted, reused):
     seconds, errors = sum(row['seconds'] for row in rows), sum(bool(row['error']) for row in rows)
     facts = dict(run=str(run.path), group=group, split=split, n=len(rows), reused=reused, errors=errors,
                  seconds=round(seconds, 2), file=str(path))
+    if any('tokens' in row for row in rows): facts |= _bill(rows)
     text = f'{group}   {len(rows)}/{len(wanted)} predicted   {seconds:.0f} s'
+    if 'cost' in facts: text += '   {:.0f} s each   cost {:.4g}'.format(facts['seconds_each'], facts['cost'])
     text += (f'   {errors} failed' if errors else '') + ('   done before' if reused == len(rows) else '')
     return Result(facts, f'{text}\nfile  {path}\nnext  vlm evaluate {run.path} --group {group}')
 
@@ -440,11 +487,16 @@ def _store(run, loaded):
     if why_not_kept(model): return None
     return Features(model, preprocess, features_key(base, preprocess, model.dtype), run.path/'features')
 
+# %% ../nbs/17_predict.ipynb #f87629da
 def _groups(run, group, adapter):
     "Names of groups, and the adapter's folder of each"
     names = [name.strip() for name in group.split(',')]
-    if adapter and len(names) > 1: raise VlmError('--adapter goes with one group', remedy='Predict that group alone')
-    return {name: choose_adapter(run, name, adapter) for name in names}
+    own = names if len(names) == 1 else [name for name in names if name not in ('vanilla-model', 'finetuned-model')]
+    folders = [adapter] if len(names) == 1 else [part.strip() for part in (adapter or '').split(',') if part.strip()]
+    if adapter and len(folders) != len(own):
+        raise VlmError(f"--adapter names {len(folders)} folders for {len(own)} groups ({', '.join(own) or 'none'})",
+                       remedy='Give one folder a group, in the order of the groups, with commas between them')
+    return {name: choose_adapter(run, name, dict(zip(own, folders)).get(name)) for name in names}
 
 # %% ../nbs/17_predict.ipynb #6baf251d
 def _predict_group(run, group, loaded, now, examples, n, size, store, schema):
@@ -455,6 +507,50 @@ def _predict_group(run, group, loaded, now, examples, n, size, store, schema):
     if todo: _predict_rows(path, now, _by_length(todo, preprocess), model, preprocess, size, store, schema)
     return _predict_result(run, group, split, wanted, len(wanted) - len(todo))
 
+# %% ../nbs/17_predict.ipynb #fee0669c
+def _endpoint(url, model, group, words, other):
+    "The endpoint that is asked for, and fields of its requests; None for a model of our own"
+    if not url:
+        if words or model: raise VlmError('--model and key=value belong to an endpoint', remedy='Add --endpoint URL')
+        return None
+    if not model: raise VlmError('an endpoint needs the name of a model', remedy='Add --model NAME')
+    if other: raise VlmError('--adapter and --schema do not go with an endpoint', remedy='Leave them out')
+    if group in ('vanilla-model', 'finetuned-model') or ',' in group:
+        raise VlmError(f"'{group}' cannot name what an endpoint answers", remedy='Give it one name: --group gpt')
+    settings, body = read_settings(words)
+    return Endpoint(url, model, **settings), body
+
+# %% ../nbs/17_predict.ipynb #69124026
+def _ask_group(run, group, split, examples, n, endpoint, body):
+    "Ask an endpoint what it has not answered yet; the first call alone"
+    now = dict(model=f"{endpoint.model}@{endpoint.url.rstrip('/')}", adapter=None, decoding=body, split=split)
+    path, wanted = run.predictions(group), examples[:n]
+    done = {row['id'] for row in rows_on_file(path, now, examples) if row['split'] == split}
+    todo = [example for example in wanted if example.id not in done]
+    bar = Progress(len(todo), 'ask', 'row')
+    for part in (todo[:1], todo[1:]):
+        for example, answer in ask_all(endpoint, part, body):
+            if example is todo[0] and (error := hopeless(answer, endpoint)): raise error
+            _append(path, now, example, answer)
+            bar.update()
+    if todo: bar.close()
+    return _predict_result(run, group, split, wanted, len(wanted) - len(todo))
+
+# %% ../nbs/17_predict.ipynb #b7262f0b
+def _predict_groups(run, config, groups, work, device):
+    "Answer for one group after the other, with one base"
+    split, examples, n, size, schema = work
+    results, loaded, store = [], None, None
+    for name, folder in groups.items():
+        alone, blind = len(groups) == 1 or stands_alone(folder), folder is not None and touches_vision(folder)
+        found = switch(config, folder, name, loaded, alone, device)
+        loaded = None if alone else found
+        if not blind and store is None: store = _store(run, found)
+        kept, told = None if blind else store, _told(config, folder, found, split, examples, schema)
+        results.append(_predict_group(run, name, found, told, examples, n, size, kept, schema))
+    text = '\n'.join(str(result).split('\nnext')[0] for result in results[:-1])
+    return Result(results[-1], f'{text}\n{results[-1]}' if text else str(results[-1]))
+
 # %% ../nbs/17_predict.ipynb #d6d05575
 def predict(
     run: str, # a run folder
@@ -462,22 +558,19 @@ def predict(
     split: str = 'test', # test, validation or train
     n: int|None = None, # only the first so many rows
     batch_size: int|None = None, # rows at once; per_device_eval_batch_size when missing
-    adapter: str|None = None, # an adapter's folder, for a name of your own
+    adapter: str|None = None, # an adapter's folder, for a name of your own; several with commas, in the groups' order
     schema: str|None = None, # cord, or a JSON Schema file, that answers are held to (pip install "vlm_tutor[schema]")
     device: str = 'auto', # auto, cpu or cuda
+    endpoint: str|None = None, # ask an OpenAI-compatible endpoint instead, such as https://api.openai.com/v1
+    model: str|None = None, # the model's name there
+    overrides: list = (), # of an endpoint, as key=value: key (an environment variable), concurrency, body.seed, …
 ) -> Result: # counts, seconds and the file; of the last group when there are several
     "Write down what a model answers on a split; a second call goes on where the first stopped"
     run = RunFolder.open(run)
-    config, groups = load_config(run.config_file), _groups(run, group, adapter)
+    asked = _endpoint(endpoint, model, group, overrides, adapter or schema)
+    config, groups = load_config(run.config_file), {} if asked else _groups(run, group, adapter)
     examples, wanted_schema = split_examples(config, split), read_schema(schema)
     if not examples[:n]: raise VlmError(f"split '{split}' has no rows to predict", remedy='Choose another split')
-    size, results, loaded, store = batch_size or config.per_device_eval_batch_size, [], None, None
-    for name, folder in groups.items():
-        alone, blind = len(groups) == 1 or stands_alone(folder), folder is not None and touches_vision(folder)
-        found = switch(config, folder, name, loaded, alone, device)
-        loaded = None if alone else found
-        if not blind and store is None: store = _store(run, found)
-        kept, told = None if blind else store, _told(config, folder, found, split, examples, wanted_schema)
-        results.append(_predict_group(run, name, found, told, examples, n, size, kept, wanted_schema))
-    text = '\n'.join(str(result).split('\nnext')[0] for result in results[:-1])
-    return Result(results[-1], f'{text}\n{results[-1]}' if text else str(results[-1]))
+    if asked: return _ask_group(run, group, split, examples, n, *asked)
+    size = batch_size or config.per_device_eval_batch_size
+    return _predict_groups(run, config, groups, (split, examples, n, size, wanted_schema), device)

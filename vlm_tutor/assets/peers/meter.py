@@ -4,7 +4,8 @@ A worker imports everything it needs, calls `start`, trains, and calls `finish`.
 import json, os, sys, time
 from importlib import metadata
 
-PACKAGES = ('torch', 'torchvision', 'transformers', 'peft', 'accelerate', 'datasets', 'trl', 'llamafactory')
+PACKAGES = ('torch', 'torchvision', 'transformers', 'peft', 'accelerate', 'datasets', 'trl', 'llamafactory',
+            'donut-python', 'zss', 'numpy')
 
 
 def status(name):
@@ -46,7 +47,7 @@ class Meter:
     def start(self):
         "Everything is imported: begin to count"
         self.gpu, self.total = self.job['device'] == 'cuda', None
-        if self.job['task'] != 'save':
+        if self.job['task'] not in ('save', 'score'):
             import torch
             torch.set_num_threads(self.job['threads'])
             if self.gpu: torch.zeros(1, device='cuda'), torch.cuda.reset_peak_memory_stats()
