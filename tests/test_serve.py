@@ -74,6 +74,17 @@ def test_the_server_answers_as_predict_does(runs, address):
         assert status == 200 and told["choices"][0]["message"]["content"] == rows[example.id]["raw"]
 
 
+def test_vlm_predict_finds_the_same_over_http(runs, address):
+    run = runs[0]
+    predict(str(run.path))
+    found = predict(str(run.path), "served", endpoint=f"{address}/v1", model="run")
+    rows = [{row["id"]: row["raw"] for row in read_jsonl(run.predictions(group))}
+            for group in ("served", "finetuned-model")]
+    assert found["n"] == 6 and found["errors"] == 0
+    for name, text in rows[0].items():
+        assert text and (text.startswith(rows[1][name]) or rows[1][name].startswith(text))
+
+
 def test_several_runs_answer_under_their_names(runs, page):
     alone = {run.path.name: Extractor.from_run(run.path) for run in runs}
     wanted = {name: m.answer([m.example(page)])[0].raw for name, m in alone.items()}

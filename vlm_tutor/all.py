@@ -7,7 +7,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/all.html.md"""
 # %% auto #0
 __all__ = ['VERB_FUNCTIONS', 'EVERYTHING', 'contents']
 
-# %% ../nbs/27a_all.ipynb #d7ba61ad
+# %% ../nbs/27a_all.ipynb #13903074
 import inspect
 
 from .augment import augment
@@ -17,8 +17,10 @@ from .compare import compare
 from .config import load_config, show_config
 from .core import Example, Result, RunFolder, VlmError, md_table, table
 from .doctor import doctor
+from .errors import errors
 from .extract import Extractor
 from .factory import train
+from .fields import fields
 from .memory import plan, recommend
 from .methods import methods
 from .metrics import evaluate, read_json, score
@@ -31,10 +33,10 @@ from .sharegpt import register, save_cord_dataset_in_sharegpt_format, save_datas
 from .sources import load_examples, show
 from .splits import split
 
-# %% ../nbs/27a_all.ipynb #61056553
+# %% ../nbs/27a_all.ipynb #51e8bc0e
 VERB_FUNCTIONS = [doctor, methods, show_config, plan, recommend, synth, show, save_cord_dataset_in_sharegpt_format,
-                  save_dataset_in_sharegpt_format, register, check, split, augment, train, predict, evaluate, compare,
-                  robust, serve, bench, quickstart]
+                  save_dataset_in_sharegpt_format, register, check, split, augment, train, predict, evaluate, fields,
+                  compare, errors, robust, serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,
               score, *VERB_FUNCTIONS]
 
