@@ -47,6 +47,9 @@ VERBS |= {
     'errors': ('errors:errors', 'Count errors by kind, show the worst receipts, and rank labels to doubt'),
     'robust': ('robust:robust',
         'Measure what the base reads under each augmentation, and whether training on them helps'),
+    'merge': ('export:merge',
+        'Merge an adapter into its base, prove that nothing changed, write a folder others load'),
+    'serve': ('serve:serve', 'Serve a model to OpenAI clients: image in, JSON out, and a page to drop receipts on'),
     'bench': ('bench:bench', 'Measure our engine beside the peers, after a check that all learn the same'),
     'quickstart': ('quickstart:quickstart', 'The whole job on synthetic receipts, in minutes on a CPU'),
 }

@@ -140,9 +140,9 @@ def save_tiny(
     for name in ('processor_config.json', 'tokenizer_config.json'):
         if (f := folder / name).exists():
             _write_json(f, json.loads(f.read_text()) | dict(processor_class='Qwen2VLProcessor'))
+    names = ('patch_size', 'merge_size', 'temporal_patch_size', 'image_mean', 'image_std')
     _write_json(folder / 'video_preprocessor_config.json', dict(
-        video_processor_type='Qwen2VLVideoProcessor', patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2,
-        image_mean=[.5] * 3, image_std=[.5] * 3))
+        video_processor_type='Qwen2VLVideoProcessor', **{n: getattr(processor.image_processor, n) for n in names}))
     for f in folder.iterdir(): f.chmod(0o644)
 
 # %% ../nbs/12_tiny.ipynb #9b20c300
