@@ -175,8 +175,7 @@ def _fold(image, rng, strength):
     tent = np.where(x < at, x/at, (1 - x)/(1 - at))*rng.choice([-1, 1])*.012*strength*across
     light = 1 - strength*(rng.uniform(.05, .18)*(x > at) + .25*np.exp(-((x - at)*along/width)**2))
     tent, light = (np.tile(v[:, None] if turned else v, (1, across) if turned else (across, 1)) for v in (tent, light))
-    none = np.zeros_like(tent)
-    return _lit(_bent(image, tent, none) if turned else _bent(image, none, tent), light)
+    return _lit(_bent(image, tent, 0*tent) if turned else _bent(image, 0*tent, tent), light)
 
 # %% ../nbs/10_augment.ipynb #fef7d8b7
 def _ink_box(image):
@@ -267,8 +266,7 @@ def before_after(
     strength: float = 1., # above 0, up to 1.5
 ) -> Image.Image: # RGB
     "A sheet with the image as it was, and under each augmentation"
-    after = {name: disturb(image, name, seed, strength) for name in names or AUGMENTATIONS}
-    return beside({'before': image} | after, columns=5)
+    return beside({'before': image} | {n: disturb(image, n, seed, strength) for n in names or AUGMENTATIONS}, 5)
 
 # %% ../nbs/10_augment.ipynb #ff31506d
 class Augmentation:

@@ -281,8 +281,7 @@ def check_marks(
     "Text that would be counted as a picture, or that no file can hold"
     question = (row.question or '').replace('<image>', '') if row.is_talk else row.question
     for what, text in (('question', question or ''), ('answer', row.answer or '')):
-        found = [mark for mark in PLACEHOLDERS if mark in text]
-        if found: yield 'marks', f'the {what} holds a literal {found[0]}'
+        if found := [m for m in PLACEHOLDERS if m in text]: yield 'marks', f'the {what} holds a literal {found[0]}'
         if not _is_text(text): yield 'broken-row', f'the {what} holds half a character (a lone surrogate)'
 
 # %% ../nbs/08_check.ipynb #a927507a

@@ -52,8 +52,7 @@ def check_choice(
 ):
     "Return `value` when it is one of `options`, else raise a `VlmError` that lists them"
     if value in options: return value
-    hint = nearest(value, options).strip()
-    raise VlmError(f"unknown {what} '{value}'", list(options), hint or None)
+    raise VlmError(f"unknown {what} '{value}'", list(options), nearest(value, options).strip() or None)
 
 # %% ../nbs/00_core.ipynb #b1faddf4
 @dataclass

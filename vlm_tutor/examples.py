@@ -90,8 +90,7 @@ def check_answer(
     schema: Schema, # the fields its answer may hold
 ):
     "Refuse an answer that is not JSON or does not fit the schema"
-    problems = schema.check(example.truth)
-    if problems:
+    if problems := schema.check(example.truth):
         raise VlmError(f"the answer of example '{example.id}' does not fit schema '{schema.name}': "
                        + '; '.join(problems[:3]), remedy='Mend the row, or load it without this schema')
 

@@ -473,8 +473,7 @@ def state_bytes(
     m: Method, # counted on a model whose `MATRICES` are known, or not quantised
 ) -> int: # bytes
     "Weights, gradients and the optimiser's averages: what a method decides about memory, activations left out"
-    total = TOTALS[m.counted_on]
-    packed = MATRICES[m.counted_on] if m.bits < 16 else 0
+    total, packed = TOTALS[m.counted_on], MATRICES[m.counted_on] if m.bits < 16 else 0
     frozen = total - packed - (0 if m.adds else m.trainable)
     constants = packed*{4: (8 + 32/256)/64, 8: 32/1536}.get(m.bits, 0)/8
     return round(2*frozen + packed*m.bits/8 + constants + 16*m.trainable)

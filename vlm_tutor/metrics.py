@@ -42,9 +42,8 @@ def normalise(
     obj, # anything `json.loads` can return
 ): # nested dicts of lists, with texts at the ends
     "Donut's normal form: lists everywhere, texts stripped, empty things dropped, keys by length and name"
-    order = [obj]
+    order, done = [obj], {}
     for value in order: order.extend(_inside(value)) # grows while it is walked: parents come before children
-    done = {}
     for value in reversed(order): done[id(value)] = _normalise_one(value, done)
     return done[id(obj)]
 

@@ -179,8 +179,7 @@ def check_settings(
     "Refuse counts that make no quickstart; the base is named by its content"
     for split, n in counts.items():
         if n < 1: raise VlmError(f'n_{split} is {n}', 'a whole number from 1')
-    base = content_hash(asset(BASE)/'model.safetensors')
-    return {f'n_{split}': n for split, n in counts.items()} | dict(seed=seed, base=base)
+    return {f'n_{k}': counts[k] for k in counts} | dict(seed=seed, base=content_hash(asset(BASE)/'model.safetensors'))
 
 # %% ../nbs/26_quickstart.ipynb #8c2df31c
 def quickstart_result(

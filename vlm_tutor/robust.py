@@ -61,8 +61,7 @@ def ways_to_test(
     strength: float = 1., # above 0, up to 1.5
 ) -> dict: # name: function from image and seed to image
     "The page as it is, each augmentation, and two that are refused"
-    ways = {'untouched': lambda image, seed: image}
-    for name in names: ways[name] = partial(disturb, name=name, strength=strength)
+    ways = {'untouched': lambda image, seed: image} | {n: partial(disturb, name=n, strength=strength) for n in names}
     turned = dict(flip=Image.FLIP_LEFT_RIGHT, rotation_90=Image.ROTATE_90)
     return ways | {name: lambda image, seed, how=how: image.transpose(how) for name, how in turned.items()}
 

@@ -222,13 +222,12 @@ def _add_keys(known, names):
 
 def _learn(shape, value):
     "Add to a shape what one value shows"
-    kind = KINDS[type(value)]
+    known = shape.setdefault(kind := KINDS[type(value)], {})
     if kind == 'array':
-        for item in value: _learn(shape.setdefault(kind, {}), item)
+        for item in value: _learn(known, item)
     elif kind == 'object':
-        _add_keys(shape.setdefault(kind, {}), value)
-        for key, inner in value.items(): _learn(shape[kind][key], inner)
-    shape.setdefault(kind, {})
+        _add_keys(known, value)
+        for key, inner in value.items(): _learn(known[key], inner)
 
 # %% ../nbs/04a_schema.ipynb #c4e84e15
 def _shape_rules(shape):

@@ -329,8 +329,7 @@ SIZES = dict(train=1100, validation=30, test=100)
 def _data_set_name(name, folder):
     "A name that LLaMA-Factory, a file system and `data_sets` can hold; the folder's own when None"
     name = name or re.sub(r'\W+', '_', Path(folder).resolve().name, flags=re.ASCII).strip('_')
-    ending = name.rpartition('_')[2]
-    if not re.fullmatch(r'[\w-]+', name, re.ASCII) or name == 'dataset_info' or ending in SPLITS[1:]:
+    if not re.fullmatch(r'[\w-]+', name, re.ASCII) or name == 'dataset_info' or name.rpartition('_')[2] in SPLITS[1:]:
         raise VlmError(f"'{name}' cannot name a data set",
                        'Allowed: letters, digits, - and _, without _validation or _test at the end',
                        'Give another with --name')
