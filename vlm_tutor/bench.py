@@ -311,21 +311,25 @@ def _misread(text, rng):
     place = rng.randrange(len(text))
     return text[:place] + rng.choice('abcdefghij0123456789') + text[place + 1:]
 
+def _price(rng): return f'{rng.randint(1, 99)},{rng.randint(0, 999):03}'
+
+def _pair(items, rng):
+    "A receipt, and what a model might read of it: (answer, truth)"
+    menu = [dict(nm=f'{random_word(rng)} {random_word(rng)}', cnt=str(rng.randint(1, 9)), unitprice=_price(rng),
+                 price=_price(rng)) for _ in range(items)]
+    read = [{key: _misread(text, rng) for key, text in item.items()} for item in menu]
+    read[2:4] = read[3:1:-1]
+    return dict(menu=read[:-1]), dict(menu=menu, total=dict(total_price=_price(rng), cashprice=_price(rng)))
+
+# %% ../nbs/25_bench.ipynb #befef4b8
 def make_pairs(
     settings: dict,  # of a point
     cache: str | Path,  # where work is kept
 ) -> dict:  # folder
     "Receipts and what a model might read of them; made once"
-    folder = Path(cache).resolve()/content_hash(json_line({key: settings[key] for key in ('rows', 'items', 'seed')} |
-                                                          dict(split='pairs')).encode())
-    rng, pairs = random.Random(settings['seed']), []
-    def price(): return f'{rng.randint(1, 99)},{rng.randint(0, 999):03}'
-    for _ in range(settings['rows']):
-        menu = [dict(nm=f'{random_word(rng)} {random_word(rng)}', cnt=str(rng.randint(1, 9)), unitprice=price(),
-                     price=price()) for _ in range(settings['items'])]
-        read = [{key: _misread(text, rng) for key, text in item.items()} for item in menu]
-        read[2:4], read = read[3:1:-1], read[:-1]
-        pairs.append((dict(menu=read), dict(menu=menu, total=dict(total_price=price(), cashprice=price()))))
+    wanted = {key: settings[key] for key in ('rows', 'items', 'seed')} | dict(split='pairs')
+    folder, rng = Path(cache).resolve()/content_hash(json_line(wanted).encode()), random.Random(settings['seed'])
+    pairs = [_pair(settings['items'], rng) for _ in range(settings['rows'])]
     atomic_write(folder/'pairs.json', json.dumps(pairs))
     return dict(model='', data=str(folder), dataset='bench', adapter='', tokens={})
 

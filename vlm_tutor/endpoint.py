@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from .core import Example, VlmError, load_image, nearest
 
-# %% ../nbs/16a_endpoint.ipynb #ebe44a33
+# %% ../nbs/16a_endpoint.ipynb #05ee7892
 @dataclass(frozen=True)
 class Endpoint:
     "An OpenAI-compatible chat endpoint, and how to treat it"
@@ -40,23 +40,26 @@ class Endpoint:
         if parts.username or parts.password or parts.query:
             raise VlmError('the address of an endpoint holds a name or password, and is written to files',
                            remedy='Put the key into an environment variable, and name that: key=NAME')
-        for name in ('concurrency', 'timeout', 'wait', 'retries', 'per_minute', 'price_in', 'price_out'):
-            least = 0 if name in ('retries', 'per_minute', 'price_in', 'price_out') else 1e-9
-            if getattr(self, name) < least: raise VlmError(f'{name} is {getattr(self, name)}', 'Allowed: above 0')
+        for name in ('concurrency', 'timeout', 'wait'):
+            if getattr(self, name) <= 0: raise VlmError(f'{name} is {getattr(self, name)}', 'Allowed: above 0')
+        for name in ('retries', 'per_minute', 'price_in', 'price_out'):
+            if getattr(self, name) < 0: raise VlmError(f'{name} is {getattr(self, name)}', 'Allowed: 0 or above')
 
-# %% ../nbs/16a_endpoint.ipynb #0fa6f45e
+# %% ../nbs/16a_endpoint.ipynb #da95b6dd
 BODY = dict(temperature=0, max_tokens=2048) # of every request
 
-def read_settings(
-    words: list, # key=value: fields of `Endpoint`, and body.NAME=value
-) -> tuple: # (fields of `Endpoint`, fields of the request)
-    "What a command line says of an endpoint"
+def _parsed(text):
+    "A value as YAML reads it; the text itself when it is none"
     import yaml
+    try: return yaml.safe_load(text)
+    except yaml.YAMLError: return text
+
+def read_settings(words: list) -> tuple: # (fields of `Endpoint`, fields of the request)
+    "What a command line says of an endpoint"
     known = {field.name: field.type for field in fields(Endpoint) if field.name not in ('url', 'model')}
     settings, body = {}, dict(BODY)
     for name, _, text in (str(word).partition('=') for word in words):
-        try: value = yaml.safe_load(text)
-        except yaml.YAMLError: value = text
+        value = _parsed(text)
         if name.startswith('body.'): body[name[5:]] = value
         elif name not in known:
             hint = nearest(name, known).strip() or f'What goes into the request is written body.{name}={text}'
@@ -67,21 +70,27 @@ def read_settings(
         else: settings[name] = value
     return settings, {name: value for name, value in body.items() if value is not None}
 
-# %% ../nbs/16a_endpoint.ipynb #4fafa39d
+# %% ../nbs/16a_endpoint.ipynb #5efba27b
 _KINDS = {b'\x89PNG': 'png', b'\xff\xd8\xff': 'jpeg', b'GIF8': 'gif'}
 
-def image_url(
-    path: str|Path, # an image file
-) -> str: # a data: address
+def _kind(data):
+    "The kind of an image that goes as it is, None for any other"
+    if data[:4] == b'RIFF' and data[8:12] == b'WEBP': return 'webp'
+    return next((kind for begin, kind in _KINDS.items() if data.startswith(begin)), None)
+
+def image_url(path: str|Path) -> str: # a data: address
     "An image as endpoints take it"
-    data = Path(path).read_bytes()
-    kind = 'webp' if data[:4] == b'RIFF' and data[8:12] == b'WEBP' else next(
-        (kind for begin, kind in _KINDS.items() if data.startswith(begin)), None)
-    if kind is None:
-        out = io.BytesIO()
-        load_image(path).save(out, 'PNG')
-        data, kind = out.getvalue(), 'png'
-    return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
+    data, out = Path(path).read_bytes(), io.BytesIO()
+    kind = _kind(data)
+    if kind is None: load_image(path).save(out, 'PNG')
+    return f'data:image/{kind or "png"};base64,{base64.b64encode(data if kind else out.getvalue()).decode()}'
+
+# %% ../nbs/16a_endpoint.ipynb #595202f2
+def _messages(example):
+    "System prompt, when there is one, then images and question"
+    parts = [dict(type='image_url', image_url=dict(url=image_url(path))) for path in example.images]
+    user = dict(role='user', content=[*parts, dict(type='text', text=example.prompt)])
+    return ([dict(role='system', content=example.system)] if example.system else []) + [user]
 
 def chat_body(
     endpoint: Endpoint, # whom to ask
@@ -89,12 +98,9 @@ def chat_body(
     body: dict, # fields of every request
 ) -> dict: # the request
     "One example as a request"
-    parts = [dict(type='image_url', image_url=dict(url=image_url(path))) for path in example.images]
-    messages = [dict(role='user', content=[*parts, dict(type='text', text=example.prompt)])]
-    if example.system: messages.insert(0, dict(role='system', content=example.system))
-    return dict(model=endpoint.model, messages=messages, **body)
+    return dict(model=endpoint.model, messages=_messages(example), **body)
 
-# %% ../nbs/16a_endpoint.ipynb #e7b2ea77
+# %% ../nbs/16a_endpoint.ipynb #f038203a
 class CallError(Exception):
     "A failed call: what was said, its HTTP status if it came so far, and whether it may pass"
     def __init__(self,
@@ -106,12 +112,15 @@ class CallError(Exception):
         super().__init__(text)
         self.status, self.passing, self.after = status, passing, after
 
-# %% ../nbs/16a_endpoint.ipynb #36f03268
+# %% ../nbs/16a_endpoint.ipynb #7b25a06c
 def _short(text): return ' '.join(str(text).split())[:200]
 
-def read_reply(
-    data: bytes, # what the endpoint sent
-) -> dict: # text, finish, tokens (question, answer)
+def _text(content):
+    "The text of a reply's content, None for a refusal"
+    if isinstance(content, list): content = ''.join(part.get('text') or '' for part in content)
+    return content
+
+def read_reply(data: bytes) -> dict: # text, finish, tokens (question, answer)
     "The answer in a reply of the chat protocol"
     said = _short(data[:2000].decode(errors='replace'))
     try: found = json.loads(data)
@@ -119,9 +128,7 @@ def read_reply(
     if found is None and data.lstrip().startswith(b'{'): raise CallError(f'the reply was cut off: {said}', passing=True)
     try:
         choice = found['choices'][0]
-        message = choice['message']
-        text = message.get('content')
-        if isinstance(text, list): text = ''.join(part.get('text') or '' for part in text)
+        text = _text(choice['message'].get('content'))
         if not isinstance(text, str): raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError):
         raise CallError(f'the endpoint answered with what is no chat completion: {said or "nothing"}') from None
@@ -129,7 +136,7 @@ def read_reply(
     return dict(text=text, finish=choice.get('finish_reason'),
                 tokens=[usage.get('prompt_tokens') or 0, usage.get('completion_tokens') or 0])
 
-# %% ../nbs/16a_endpoint.ipynb #718e49dd
+# %% ../nbs/16a_endpoint.ipynb #9105044a
 def back_off(
     attempt: int, # 0 for the first further try
     first: float, # seconds
@@ -141,10 +148,17 @@ def back_off(
     except ValueError: least = 0.
     return max(least, min(60., first*2**attempt)*rng.uniform(.5, 1))
 
-# %% ../nbs/16a_endpoint.ipynb #40f2a0be
+# %% ../nbs/16a_endpoint.ipynb #63144110
 class _Stay(urllib.request.HTTPRedirectHandler):
     "Follows no redirect"
     def redirect_request(self, *words): return None
+
+def _http_error(error, hide):
+    "A `CallError` from a status that is not 200"
+    try: said = hide(error.read(2000).decode(errors='replace'))
+    except (OSError, HTTPException): said = ''
+    passing = error.code in (408, 409, 425, 429) or error.code >= 500
+    return CallError(f'HTTP {error.code}: {said}', error.code, passing, error.headers.get('Retry-After'))
 
 def _call(endpoint, data, opener):
     "One try: the reply's bytes, or a `CallError`"
@@ -155,16 +169,12 @@ def _call(endpoint, data, opener):
     try:
         request = urllib.request.Request(address, data, headers)
         with opener.open(request, timeout=endpoint.timeout) as reply: return reply.read()
-    except urllib.error.HTTPError as error:
-        try: said = hide(error.read(2000).decode(errors='replace'))
-        except (OSError, HTTPException): said = ''
-        passing = error.code in (408, 409, 425, 429) or error.code >= 500
-        raise CallError(f'HTTP {error.code}: {said}', error.code, passing, error.headers.get('Retry-After')) from None
+    except urllib.error.HTTPError as error: raise _http_error(error, hide) from None
     except TimeoutError: raise CallError(f'no reply within {endpoint.timeout:g} s', passing=True) from None
     except (OSError, HTTPException) as error: # URLError among them
         raise CallError(hide(f'{type(error).__name__}: {getattr(error, "reason", error)}'), passing=True) from None
 
-# %% ../nbs/16a_endpoint.ipynb #4e6e6dd0
+# %% ../nbs/16a_endpoint.ipynb #d13637ea
 def ask_once(
     endpoint: Endpoint, # whom to ask
     example, # an `Example`
@@ -190,7 +200,7 @@ def _answer(endpoint, found, seconds):
     return dict(raw=found['text'], error=None, status=200, seconds=round(seconds, 4), tokens=found['tokens'],
                 cost=cost, finish=found['finish'])
 
-# %% ../nbs/16a_endpoint.ipynb #5e808028
+# %% ../nbs/16a_endpoint.ipynb #1d0e219f
 class Pace:
     "Lets at most so many calls begin in a minute, evenly spaced"
     def __init__(self,
@@ -209,7 +219,7 @@ class Pace:
             self.next = begin + self.gap
         if begin > now: self.pause(begin - now)
 
-# %% ../nbs/16a_endpoint.ipynb #461a8997
+# %% ../nbs/16a_endpoint.ipynb #a2f377f1
 def ask_all(
     endpoint: Endpoint, # whom to ask
     examples: list, # `Example`s
@@ -230,14 +240,19 @@ def ask_all(
     finally:
         while not waiting.empty(): waiting.get_nowait()
 
-# %% ../nbs/16a_endpoint.ipynb #f1d348c4
+# %% ../nbs/16a_endpoint.ipynb #f7ce1df1
+def _stays(row):
+    "Would every call fail like this one: nobody there, or no right to ask?"
+    if not row['error']: return False
+    if row.get('status') is None: return row['error'].startswith(('URLError', 'ConnectionRefused'))
+    return row['status'] in (401, 403, 404)
+
 def hopeless(
     row: dict, # of the first call
     endpoint: Endpoint, # whom it asked
 ) -> VlmError|None: # what to tell; None when the others may fare better
     "An error that all further calls would meet as well"
-    if not row['error'] or row.get('status') not in (None, 401, 403, 404): return None
-    if row.get('status') is None and not row['error'].startswith(('URLError', 'ConnectionRefused')): return None
-    there = 'is set' if os.environ.get(endpoint.key) else 'is not set'
-    return VlmError(f"'{endpoint.url}' does not answer for model '{endpoint.model}': {row['error']}",
-                    remedy=f'Check address, name and key; the environment variable {endpoint.key} {there}')
+    if not _stays(row): return None
+    told = f"'{endpoint.url}' does not answer for model '{endpoint.model}': {row['error']}"
+    key = f"{endpoint.key} is {'set' if os.environ.get(endpoint.key) else 'not set'}"
+    return VlmError(told, remedy=f'Check address, name and key; the environment variable {key}')

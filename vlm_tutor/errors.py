@@ -24,7 +24,7 @@ from .metrics import _true, edit_table, exact_match, flatten, nted_accuracy, rea
 from .predict import json_depth
 from .report import html_table, image_data_url, tag, whole_page
 
-# %% ../nbs/22_errors.ipynb #d3221d61
+# %% ../nbs/22_errors.ipynb #d7a2eef2
 def looped(
     text: str, # what a model wrote
     most: int = 300, # characters of the longest piece that is looked for
@@ -33,9 +33,7 @@ def looped(
     end = text.rstrip()[-5*most:]
     return any(end[-4*n:] == end[-5*n:-n] for n in range(8, len(end)//5 + 1))
 
-def text_error(
-    row: dict, # a prediction row
-) -> str|None: # "failed call", "repeated loop", "truncated", "unparseable", or None
+def text_error(row: dict) -> str|None: # "failed call", "repeated loop", "truncated", "unparseable", or None
     "What is wrong with the text as a whole"
     raw = row.get('raw') or ''
     if row.get('error'): return 'failed call'
@@ -43,16 +41,18 @@ def text_error(
     if read_json(raw, repair=False) is None and json_depth(raw)[0] > 0: return 'truncated'
     return 'unparseable' if read_json(raw) is None else None
 
-# %% ../nbs/22_errors.ipynb #586d0fe7
-def _digits(text): return re.sub(r'\D', '', text)
+# %% ../nbs/22_errors.ipynb #bba8b915
+def _same_digits(a, b):
+    "Two texts that are the same number but for marks, perhaps a currency"
+    a_digits, b_digits = (re.sub(r'\D', '', text) for text in (a, b))
+    return bool(a_digits) and a_digits == b_digits and not re.search(r'[^\W\d_]{3}', a + b)
 
 def value_error(
     pred: str, # what an answer holds
     true: str, # what the truth holds
 ) -> str: # "number format", "character slip" or "misread"
     "What sets two different values of one field apart"
-    if _digits(true) and _digits(pred) == _digits(true) and not re.search(r'[^\W\d_]{3}', pred + true):
-        return 'number format'
+    if _same_digits(pred, true): return 'number format'
     distance = int(edit_table([pred], [true])[0, 0])
     return 'character slip' if distance <= max(1, len(true)//3) and distance < len(true) else 'misread'
 
@@ -103,13 +103,11 @@ def value_errors(
         found += [dict(kind='missing', path=path, truth=x, pred=None) for i, x in enumerate(ts) if i not in used[1]]
     return found
 
-# %% ../nbs/22_errors.ipynb #95f45a69
+# %% ../nbs/22_errors.ipynb #593a6f4b
 KINDS = ('failed call', 'unparseable', 'repeated loop', 'truncated', 'missing', 'extra', 'wrong key', 'wrong row',
          'character slip', 'number format', 'misread')
 
-def find_errors(
-    rows: list, # prediction rows of one group
-) -> list: # dicts: id, kind, path, truth, pred
+def find_errors(rows: list) -> list: # dicts: id, kind, path, truth, pred
     "All errors of a group; a text that could not be read is one, and what repair saved of it is looked at too"
     found = []
     for row in rows:
@@ -171,12 +169,25 @@ def row_facts(
     found['image'] = _thirds([_pixels(images.get(row['id'])) for row in rows], ['small', 'middle', 'large'])
     return {name: labels for name, labels in found.items() if len(set(labels) - {None}) > 1}
 
-# %% ../nbs/22_errors.ipynb #f8167897
+# %% ../nbs/22_errors.ipynb #42a8239e
 def _values(doc):
     "{path: sorted values} of a document"
     found = {}
     for path, text in flatten(doc): found.setdefault(path, []).append(text)
     return {path: tuple(sorted(texts)) for path, texts in found.items()}
+
+def _readings(together, groups):
+    "{group: (values by path, confidence)} of one receipt, without failed calls"
+    return {group: (_values(read_json(row.get('raw'))), confidence(row)) for group, row in zip(groups, together)
+            if not row.get('error')}
+
+# %% ../nbs/22_errors.ipynb #a8b8e360
+def _agreement(truth, read, path):
+    "What most groups read in a field and who they are; nothing when fewer than two agree, or they agree with the label"
+    votes = Counter(values.get(path) for values, _ in read.values())
+    best, n = max(votes.items(), key=lambda vote: (vote[1], vote[0] or ()), default=(None, 0))
+    if n < 2 or best is None or best == truth.get(path): return None, []
+    return best, [group for group, (values, _) in read.items() if values.get(path) == best]
 
 def suspect_labels(
     groups: dict, # {group: rows}, the same receipts in the same order
@@ -184,21 +195,17 @@ def suspect_labels(
     "Fields in which at least two groups agree with each other against the label"
     found = []
     for together in zip(*groups.values()):
-        truth = _values(_true(together[0]))
-        read = {group: (_values(read_json(row.get('raw'))), confidence(row)) for group, row in zip(groups, together)
-                if not row.get('error')}
+        truth, read = _values(_true(together[0])), _readings(together, groups)
         for path in dict.fromkeys([*truth, *(path for values, _ in read.values() for path in values)]):
-            votes = Counter(values.get(path) for values, _ in read.values())
-            best, n = max(votes.items(), key=lambda vote: (vote[1], vote[0] or ()), default=(None, 0))
-            if n < 2 or best is None or best == truth.get(path): continue
-            agree = [group for group, (values, _) in read.items() if values.get(path) == best]
+            best, agree = _agreement(truth, read, path)
+            if best is None: continue
             sure = [read[group][1] for group in agree if read[group][1] is not None]
             found.append(dict(id=together[0]['id'], path=path, label=' | '.join(truth.get(path, ())),
                               agreed=' | '.join(best), groups=agree,
                               sure=round(float(np.mean(sure)), 4) if sure else None))
     return sorted(found, key=lambda one: (-len(one['groups']), -(one['sure'] or 0)))
 
-# %% ../nbs/22_errors.ipynb #8ab253fd
+# %% ../nbs/22_errors.ipynb #fe08ca48
 def _number(doc, path, locale):
     "The one number of a field, None when there is none or several"
     texts = [text for other, text in flatten(doc) if other == path]
@@ -219,7 +226,15 @@ def sums_wrong(
         found.append(f'total {total} + change {change}, cash {cash}')
     return found
 
-# %% ../nbs/22_errors.ipynb #1c99c80a
+# %% ../nbs/22_errors.ipynb #41a7ff2b
+def _reasons(row, schema, arithmetic, least, locale):
+    "What speaks against an answer"
+    whole, doc, sure = text_error(row), None if row.get('error') else read_json(row.get('raw')), confidence(row)
+    reasons = [whole] if whole else []
+    if schema and doc is not None: reasons += schema.check(doc)
+    if arithmetic and doc is not None: reasons += sums_wrong(doc, locale)
+    return reasons + ([f'confidence {sure:.2f}'] if sure is not None and sure < least else [])
+
 def filter_bad_predictions(
     rows: list, # prediction rows
     schema = None, # a `Schema` that answers must fit
@@ -232,16 +247,12 @@ def filter_bad_predictions(
     if not 0 <= least <= 1: raise VlmError(f'least is {least}', 'Allowed: from 0 to 1')
     kept, dropped = [], []
     for row in rows:
-        whole, doc, sure = text_error(row), None if row.get('error') else read_json(row.get('raw')), confidence(row)
-        reasons = [whole] if whole else []
-        if schema and doc is not None: reasons += schema.check(doc)
-        if arithmetic and doc is not None: reasons += sums_wrong(doc, locale)
-        if sure is not None and sure < least: reasons.append(f'confidence {sure:.2f}')
+        reasons = _reasons(row, schema, arithmetic, least, locale)
         if reasons: dropped.append(row | dict(reasons=reasons))
         else: kept.append(row)
     return kept, dropped
 
-# %% ../nbs/22_errors.ipynb #fc2aa04d
+# %% ../nbs/22_errors.ipynb #cb5f005b
 def filter_quality(
     kept: list, # prediction rows that the filter let pass
     dropped: list, # and those it did not
@@ -255,7 +266,13 @@ def filter_quality(
                 recall=share(sum(bad[1]), wrong), wrong_before=share(wrong, n),
                 wrong_after=share(sum(bad[0]), len(kept)))
 
-# %% ../nbs/22_errors.ipynb #a5625725
+# %% ../nbs/22_errors.ipynb #f7f96cb8
+def _errors_title(counts, group):
+    "The question of the plot, answered for one group"
+    most = max(counts, key=lambda row: row[group])['kind'] if counts else 'no error'
+    return f'What goes wrong? Most often in {group}: {most}'
+
+# %% ../nbs/22_errors.ipynb #48899ae6
 def plot_errors(
     counts: list, # from `count_errors`
     groups: list, # names, in display order
@@ -272,15 +289,14 @@ def plot_errors(
         for k, row in enumerate(counts):
             ax.text(row[group], at[k], f' {row[group]}' + (f'  {group}' if k == 0 else ''), va='center', fontsize=9)
     ax.set_yticks(range(len(counts)), [row['kind'] for row in counts])
-    most = max(counts, key=lambda row: row[groups[-1]])['kind'] if counts else 'no error'
     ax.set_xlabel('errors')
-    fig.suptitle(f'What goes wrong? Most often in {groups[-1]}: {most}', x=.01, ha='left', fontsize=11)
+    fig.suptitle(_errors_title(counts, groups[-1]), x=.01, ha='left', fontsize=11)
     ax.margins(x=.25)
     ax.invert_yaxis()
     ax.spines[['top', 'right']].set_visible(False)
     fig.savefig(path)
 
-# %% ../nbs/22_errors.ipynb #6c8b3ec4
+# %% ../nbs/22_errors.ipynb #f3cd7e7a
 def worst_receipts(
     rows: list, # prediction rows of one group
     k: int = 10, # how many
@@ -290,19 +306,15 @@ def worst_receipts(
               for i, row in enumerate(rows)]
     return [(accuracy, row) for accuracy, _, row in sorted(scored, key=lambda one: one[:2]) if accuracy < 1][:k]
 
-def suspects_csv(
-    suspects: list, # from `suspect_labels`
-) -> str: # CSV
+def suspects_csv(suspects: list) -> str: # CSV
     "Labels to doubt as a list to work through: the last column is yours"
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator='\n')
-    writer.writerow(['id', 'path', 'label', 'agreed', 'groups', 'sure', 'correction'])
-    for one in suspects:
-        told = [one[key] for key in ('id', 'path', 'label', 'agreed')]
-        writer.writerow([*told, ' '.join(one['groups']), one['sure'], ''])
+    out, names = io.StringIO(), ['id', 'path', 'label', 'agreed', 'groups', 'sure']
+    rows = [[one[name] for name in names] for one in suspects]
+    for row in rows: row[4] = ' '.join(row[4])
+    csv.writer(out, lineterminator='\n').writerows([[*names, 'correction'], *([*row, ''] for row in rows)])
     return out.getvalue()
 
-# %% ../nbs/22_errors.ipynb #81191c2f
+# %% ../nbs/22_errors.ipynb #19695705
 def _gallery(groups, images, worst):
     "The worst receipts of each group, each with all groups beside the truth"
     by_id = {row['id']: {group: rows[i] for group, rows in groups.items()}
@@ -319,7 +331,7 @@ def _gallery(groups, images, worst):
             parts.append(receipt_html(by_id[id], pictures))
     return parts
 
-# %% ../nbs/22_errors.ipynb #5127d3ab
+# %% ../nbs/22_errors.ipynb #72be48c8
 def _write(run, groups, facts, images, worst):
     "Plot, page, CSV and JSON; their paths"
     place = {name: run.report/name for name in ('errors.html', 'errors.png', 'suspects.csv', 'errors.json')}
@@ -335,7 +347,7 @@ def _write(run, groups, facts, images, worst):
     atomic_write(place['errors.json'], json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
     return place
 
-# %% ../nbs/22_errors.ipynb #8fa8c0de
+# %% ../nbs/22_errors.ipynb #4a0969de
 def errors(
     run: str, # run folder with predictions
     groups: list = None, # names such as vanilla-model finetuned-model; all of them when left out
@@ -357,7 +369,7 @@ def errors(
                  suspects=suspect_labels(rows), filter=quality, sums_wrong_in_labels=odd)
     return _errors_result(facts, last, _write(run, rows, facts, images, worst))
 
-# %% ../nbs/22_errors.ipynb #594cdf7e
+# %% ../nbs/22_errors.ipynb #96cf8cb7
 def _errors_result(facts, last, place):
     "What the verb tells"
     def share(value): return '–' if value is None else f'{value:.2f}'

@@ -89,10 +89,8 @@ def _grow(cost, u, v, owner, row):
         least[~used] -= step
     while j: owner[j], j = owner[before[j]], before[j]
 
-# %% ../nbs/11b_fields.ipynb #29225c41
-def assign(
-    gain, # table of numbers: what pairing each row of one side with each of the other is worth
-) -> list: # (row, column) pairs
+# %% ../nbs/11b_fields.ipynb #0b625da6
+def assign(gain) -> list: # (row, column) pairs
     "The pairs with the largest sum, each row and column used once at most"
     gain = np.asarray(gain, float)
     if not gain.size: return []
@@ -117,7 +115,15 @@ def table_rows(
     rows = [[cell(item.get(column, [])) for column in columns] for item in items if isinstance(item, dict)]
     return [row for row in rows if any(row)]
 
-# %% ../nbs/11b_fields.ipynb #a3a4623a
+# %% ../nbs/11b_fields.ipynb #86d5f728
+def _row_likeness(pred_rows, true_rows):
+    "How alike each predicted row is to each true one; cells that are empty in both say nothing"
+    flat = [[cell for row in rows for cell in row] for rows in (pred_rows, true_rows)]
+    lengths = np.maximum(*np.ix_(*([max(len(cell), 1) for cell in side] for side in flat)))
+    alike = (1 - edit_table(*flat)/lengths).reshape(len(pred_rows), len(pred_rows[0]), len(true_rows), -1)
+    filled = np.array([[[bool(a or b) for a, b in zip(p, t)] for t in true_rows] for p in pred_rows])
+    return (np.einsum('ikjk->ijk', alike)*filled).sum(2)/np.maximum(filled.sum(2), 1)
+
 def match_rows(
     pred_rows: list, # from `table_rows`
     true_rows: list, # from `table_rows`
@@ -125,17 +131,18 @@ def match_rows(
 ) -> tuple: # pairs (predicted, true), rows made up, rows missed
     "Which predicted row is which true row, whatever their order"
     if not pred_rows or not true_rows: return [], list(range(len(pred_rows))), list(range(len(true_rows)))
-    flat = [[cell for row in rows for cell in row] for rows in (pred_rows, true_rows)]
-    lengths = np.maximum(*np.ix_(*([max(len(cell), 1) for cell in side] for side in flat)))
-    alike = (1 - edit_table(*flat)/lengths).reshape(len(pred_rows), len(pred_rows[0]), len(true_rows), -1)
-    worth = np.einsum('ikjk->ijk', alike)
-    filled = np.array([[[bool(a or b) for a, b in zip(p, t)] for t in true_rows] for p in pred_rows])
-    worth = (worth*filled).sum(2)/np.maximum(filled.sum(2), 1) # cells that are empty in both say nothing
+    worth = _row_likeness(pred_rows, true_rows)
     pairs = [(i, j) for i, j in assign(worth) if worth[i, j] >= least]
     def left(k, rows): return sorted(set(range(len(rows))) - {pair[k] for pair in pairs})
     return pairs, left(0, pred_rows), left(1, true_rows)
 
-# %% ../nbs/11b_fields.ipynb #82dd3066
+# %% ../nbs/11b_fields.ipynb #b65f0384
+def _table_counts(p, t):
+    "Rows right, predicted, true, missed and made up"
+    pairs, extra, lost = match_rows(p, t)
+    right = sum([*map(plain, p[i])] == [*map(plain, t[j])] for i, j in pairs)
+    return [right, len(p), len(t), len(lost), len(extra)]
+
 def table_scores(
     preds: list, # parsed predictions; None where nothing could be read
     truths: list, # the parsed truths
@@ -147,9 +154,7 @@ def table_scores(
     for pred, truth in zip(preds, truths):
         p, t = table_rows(pred, name, columns), table_rows(truth, name, columns)
         if not p and not t: continue
-        pairs, extra, lost = match_rows(p, t)
-        right = sum([*map(plain, p[i])] == [*map(plain, t[j])] for i, j in pairs)
-        counts += [right, len(p), len(t), len(lost), len(extra)]
+        counts += _table_counts(p, t)
         found.append(grits_content(p, t))
     if not found: return None
     precision, recall, f = np.mean(found, 0).tolist()
