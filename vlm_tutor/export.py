@@ -14,13 +14,14 @@ __all__ = ['LOGIT_ROWS', 'DTYPES', 'GREEDY', 'NEAR', 'GROUPS', 'CARD', 'USE', 'c
 import json, os, re, shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from .collate import IGNORE, Preprocess, to_device
+from .collate import IGNORE, to_device
 from .compare import with_interval
 from .config import load_config, method_keys
 from .core import (Result, RunFolder, VlmError, atomic_write, check_choice, md_table, read_json_file, say,
@@ -29,7 +30,7 @@ from .extract import TASK_FILE, read_task, vllm_command
 from .lora import no_chatter
 from .predict import (adapter_hash, check_base, choose_adapter, choose_device, generate, holds_model,
                                load_preprocess, load_run_model, model_hash, split_examples)
-from .tiny import common_form, load_model, load_processor, misread, resolve_model, save_tiny
+from .tiny import common_form, load_model, misread, resolve_model, save_tiny
 from .train import events
 
 # %% ../nbs/23_export.ipynb #4b6048f8
@@ -182,7 +183,9 @@ def read_back(
     dtype: str, # one of `DTYPES`, to compute in
 ) -> tuple: # model, `Preprocess`
     "A merged model as its user gets it: weights, processor and limits from the folder"
-    return load_model(str(folder), device, DTYPES[dtype]), Preprocess(load_processor(str(folder)), config.cutoff_len)
+    own = SimpleNamespace(model_name_or_path=str(folder), cutoff_len=config.cutoff_len, image_max_pixels=None,
+                          image_min_pixels=None) # as the folder says
+    return load_model(str(folder), device, DTYPES[dtype]), load_preprocess(own)
 
 # %% ../nbs/23_export.ipynb #37a0c5d3
 def merge_into(
