@@ -136,7 +136,8 @@ predict({!r}, 'gpt', endpoint={!r}, model='toy', overrides=['concurrency=2'])"""
 def test_a_stopped_run_goes_on(run):
     with ChatServer(seconds=.4) as server:
         process = subprocess.Popen([sys.executable, "-c", ASK.format(str(run.path), server.url)],
-                                   stderr=subprocess.DEVNULL, env=os.environ | {"OPENAI_API_KEY": "sk-secret"})
+                                   stderr=subprocess.DEVNULL, env=os.environ | {"OPENAI_API_KEY": "sk-secret"},
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
         path = run.predictions("gpt")
         while not (path.exists() and path.read_bytes().count(b"\n") >= 2) and process.poll() is None: time.sleep(.02)
         process.send_signal(signal.SIGINT)
