@@ -8,9 +8,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from vlm_tutor.check import (LOOK, MEND, NEAR, TokenCounter, check, check_page, factory_fate, factory_size,
-                             fingerprint, look_at, look_at_all, near_copies, number_marks, size_tokens, small_grey)
+                             fingerprint, look_at, look_at_all, near_copies, number_marks, small_grey)
 from vlm_tutor.config import load_config
 from vlm_tutor.core import Example, VlmError, asset, find_llamafactory, load_image, read_jsonl, write_jsonl
+from vlm_tutor.memory import size_tokens
 from vlm_tutor.receipts import make_receipt
 from vlm_tutor.sharegpt import dataset_entry, save_dataset_in_sharegpt_format, sharegpt_record
 

@@ -11,10 +11,10 @@ __all__ = ['MEND', 'LOOK', 'BEGINNINGS', 'SIDE', 'COSINES', 'NEAR', 'NEAR_COARSE
            'check_target', 'check_path', 'check_file', 'why_unreadable', 'check_shape', 'check_upright', 'check_pages',
            'check_colours', 'check_blank', 'small_grey', 'cosines', 'fingerprint', 'look_at', 'look_at_all',
            'near_copies', 'same_value', 'check_copies', 'check_near_copies', 'fields_of', 'field_facts',
-           'check_empty_fields', 'check_kinds', 'check_rare_fields', 'number_marks', 'check_numbers', 'size_tokens',
-           'factory_size', 'factory_fate', 'model_folder', 'chat_template', 'image_rule', 'TokenCounter',
-           'check_lengths', 'pictures_to_open', 'check_each', 'parsed_answers', 'check_answers', 'find_all', 'summary',
-           'finding_html', 'check_page', 'move_aside', 'check']
+           'check_empty_fields', 'check_kinds', 'check_rare_fields', 'number_marks', 'check_numbers', 'factory_size',
+           'factory_fate', 'model_folder', 'chat_template', 'image_rule', 'TokenCounter', 'check_lengths',
+           'pictures_to_open', 'check_each', 'parsed_answers', 'check_answers', 'find_all', 'summary', 'finding_html',
+           'check_page', 'move_aside', 'check']
 
 # %% ../nbs/08_check.ipynb #29f9b80b
 import difflib, json, math, os, re, time, warnings
@@ -31,9 +31,10 @@ from . import __version__
 from .config import Config, load_config
 from .core import (Example, Result, VlmError, append_jsonl, asset, atomic_write, check_choice, content_hash,
                             json_line, md_table, progress, read_json_file, read_jsonl, table, upright_size)
+from .examples import saved_schema
+from .memory import size_tokens
 from .receipts import SPLITS
 from .report import html_table, image_data_url, tag, whole_page
-from .examples import saved_schema
 from .sources import (DIALECTS, IMAGE_TYPES, PLACEHOLDERS, choose_data_set, compact_json, find_schema,
                                plain_row, read_source, sharegpt_row)
 
@@ -661,23 +662,6 @@ def check_numbers(
         clash = next((list(seen.values()) for seen in (thousands, decimals) if len(seen) > 1), None)
         for mark in thousands.keys() & decimals.keys(): clash = clash or [thousands[mark], decimals[mark]]
         if clash: yield Finding(row, 'number-form', f"'{clash[0]}' beside '{clash[1]}'")
-
-# %% ../nbs/08_check.ipynb #2c4b515d
-def size_tokens(
-    size: tuple, # width and height
-    factor: int = 28, # pixels a side that one token covers
-    least: int = 1024, # smaller areas are enlarged to this
-    most: int = 589824, # larger ones are shrunk to this
-) -> int: # visual tokens
-    "Tokens of an image by Qwen2-VL's rule"
-    width, height = (round(side/factor)*factor for side in size)
-    if width*height > most:
-        shrink = math.sqrt(size[0]*size[1]/most)
-        width, height = (max(factor, math.floor(side/shrink/factor)*factor) for side in size)
-    elif width*height < least:
-        grow = math.sqrt(least/(size[0]*size[1]))
-        width, height = (math.ceil(side*grow/factor)*factor for side in size)
-    return width*height//factor**2
 
 # %% ../nbs/08_check.ipynb #72838715
 def factory_size(

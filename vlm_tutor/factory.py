@@ -25,7 +25,7 @@ from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, atomic_w
 from .doctor import INSTALL, factory_facts, short
 from .predict import (ADAPTER_FILES, BASE_FILE, adapter_hash, answer_limit, check_base, choose_adapter,
                                choose_device, holds_model, image_hash, load_preprocess, model_hash, rows_on_file,
-                               split_examples)
+                               split_examples, training_splits)
 from .sharegpt import dataset_entry, set_entries, sharegpt_record
 from .sources import PLACEHOLDERS
 from .train import (check_same, data_hash, events, fitting, plot_loss, say_left_out, start_log,
@@ -554,7 +554,7 @@ def train_by_factory(
     "Fine-tune with LLaMA-Factory; the same command again goes on, or says that it is done"
     config = load_config(config, overrides)
     check_factory(config)
-    examples, validation = split_examples(config, 'train'), split_examples(config, 'validation')
+    examples, validation, _ = training_splits(config)
     command, run, data = need_factory(), RunFolder(config.output_dir), data_hash(examples)
     check_engine(run, 'llamafactory')
     done = trained_folder(run).exists() and bool(events(run, 'done'))

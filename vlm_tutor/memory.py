@@ -8,7 +8,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/memory.html.md"""
 __all__ = ['SHAPES', 'MEMORY', 'CONTEXT', 'LEAN', 'ASSUMED', 'RATE', 'CPU_RATE', 'GOALS', 'SHIFTS', 'CANDIDATES', 'SOME', 'MUCH',
            'ADAPTERS', 'SOFT', 'Shape', 'size_parts', 'total_size', 'read_shape', 'find_shape', 'count_learning',
            'Load', 'plain', 'layer_bytes', 'score_bytes', 'weight_items', 'peak_bytes', 'plan_items', 'sample_flops',
-           'plan_hours', 'picture_tokens', 'text_counter', 'measure_rows', 'method_of', 'make_load', 'fit',
+           'plan_hours', 'size_tokens', 'text_counter', 'measure_rows', 'method_of', 'make_load', 'fit',
            'what_to_change', 'compare_items', 'plan', 'Case', 'goal_rules', 'rules', 'rank_methods', 'recommend']
 
 # %% ../nbs/04_memory.ipynb #07ae96f0
@@ -242,18 +242,21 @@ def plan_hours(
     return (samples*(f['language'] + f['scores'] + f['tower']) + load.images*f['once'])/tflops/1e12/3600
 
 # %% ../nbs/04_memory.ipynb #c6749abd
-def picture_tokens(
-    size: tuple, # width and height in pixels
-    factor: int, # pixels a side of a token
-    least: int, # pixels of area
-    most: int, # pixels of area
-) -> int: # tokens
-    "What an image takes after Qwen2-VL's resizing"
-    sides = [max(factor, round(side/factor)*factor) for side in size]
-    area = math.prod(size)
-    if math.prod(sides) > most: sides = [max(factor, int(x/math.sqrt(area/most)/factor)*factor) for x in size]
-    elif math.prod(sides) < least: sides = [math.ceil(x*math.sqrt(least/area)/factor)*factor for x in size]
-    return math.prod(sides)//factor**2
+def size_tokens(
+    size: tuple, # width and height
+    factor: int = 28, # pixels a side that one token covers
+    least: int = 1024, # smaller areas are enlarged to this
+    most: int = 589824, # larger ones are shrunk to this
+) -> int: # visual tokens
+    "Tokens of an image by Qwen2-VL's rule"
+    width, height = (round(side/factor)*factor for side in size)
+    if width*height > most:
+        shrink = math.sqrt(size[0]*size[1]/most)
+        width, height = (max(factor, math.floor(side/shrink/factor)*factor) for side in size)
+    elif width*height < least:
+        grow = math.sqrt(least/(size[0]*size[1]))
+        width, height = (math.ceil(side*grow/factor)*factor for side in size)
+    return width*height//factor**2
 
 # %% ../nbs/04_memory.ipynb #017fc53f
 def text_counter(
@@ -274,7 +277,7 @@ def _row_length(row, s, config, root, count):
     size, image = s.patch*s.merge, 0
     for path in row.get('images') or ():
         with Image.open(root/path) as picture:
-            image += picture_tokens(upright_size(picture), size, config.image_min_pixels, config.image_max_pixels)
+            image += size_tokens(upright_size(picture), size, config.image_min_pixels, config.image_max_pixels)
     said = [part.get('content', part.get('value', '')) for part in row.get('messages', row.get('conversations', ()))]
     answer = count(said[-1]) + 2 if said else 0
     return dict(image=image, prompt=sum(map(count, said[:-1])) + 24, answer=answer)

@@ -22,7 +22,7 @@ from .core import (COLOURS, Progress, Result, RunFolder, VlmError, append_jsonl,
                             read_jsonl, say, set_seed, write_jsonl)
 from .metrics import score
 from .predict import (BASE_FILE, adapter_hash, answer_limit, check_base, check_kind, choose_device, generate,
-                               holds_model, image_hash, load_run_model, split_examples)
+                               holds_model, image_hash, load_run_model, training_splits)
 
 # %% ../nbs/18_train.ipynb #09f751e9
 class Rows:
@@ -373,9 +373,7 @@ def fitting(
 
 # %% ../nbs/18_train.ipynb #71e7d2da
 def _announce(config, device, counts, left_out, engine, why):
-    "Say what is trained, what is left out and which keys have no effect"
-    rows = len(split_examples(replace(config, max_samples=None, val_size=0), 'train'))
-    for name, reason in ineffective_keys(config, 'native', rows, device): say(f'note  {name} has no effect: {reason}')
+    "Say what is trained, and what is left out"
     for name, text in remarks(config):
         if name == 'learning_rate': say(f'note  {name}: {text}')
     if config.lean_forward and engine.reason: say(f'note  lean_forward has no effect: {engine.reason}')
@@ -475,7 +473,7 @@ def train(
     config = load_config(config, overrides)
     augmentation_of(config) # names that are no augmentation are refused before anything is read
     check_kind(config)
-    examples, validation = split_examples(config, 'train'), split_examples(config, 'validation')
+    examples, validation, there = training_splits(config)
     run, data = RunFolder.create(config.output_dir, as_dict(config)), data_hash(examples)
     check_same(run, 'data set', data)
     if trained_folder(run).exists() and events(run, 'done'): return train_result(run, again=True)
@@ -483,6 +481,7 @@ def train(
     with _one_voice():
         from vlm_tutor.engine import join_processes
         join_processes(device, config.ddp_timeout)
+        for key, why in ineffective_keys(config, 'native', there, device): say(f'note  {key} has no effect: {why}')
         loaded = load_run_model(config, None, device)
         watch, rows, judged = _prepare(config, run, device, loaded, data, examples, validation)
         with watch.stop: run_steps(watch, rows, (lambda: _judge(watch, loaded[1], judged)) if len(judged) else None)
