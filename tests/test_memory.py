@@ -231,3 +231,8 @@ if __name__ == "__main__":
                         use_cpu=True, disable_gradient_checkpointing=True) | change
             found, load = measured(Config(**keys), 2)
             print(change, f"told {told(scaled, load)/2**20:.1f} MiB, living {found/2**20:.1f} MiB")
+
+
+def test_the_next_step_of_a_plan_is_the_run_that_was_planned():
+    words = ["finetuning_type=qlora", "lora_rank=16"]
+    assert memory.plan("cord", overrides=words).text.endswith("vlm train cord finetuning_type=qlora lora_rank=16")

@@ -221,6 +221,11 @@ def test_the_verb_finds_leaks_in_the_data_of_others_and_mends_them(tmp_path):
     assert mended["leaks"] == [] and sum(mended["rows"].values()) == 33
 
 
+def test_shares_that_cannot_be_are_named_where_nothing_is_split_either(tmp_path):
+    synth(tmp_path / "docs", n=4)
+    with pytest.raises(VlmError, match="the share for test is 2"): split(tmp_path / "docs", test=2)
+
+
 @pytest.mark.parametrize("words, said", [
     (["--group", "shopp"], "no row has a field 'shopp' to group by"), (["--test", "2"], "the share for test is 2.0"),
     (["--folds", "1"], "folds is 1"), (["--stratify", "x"], "needs folds"), (["--seed", "x"], "invalid int value")])

@@ -77,6 +77,13 @@ def test_bad_names(name):
     with pytest.raises(VlmError, match='no model'): resolve_model(name)
 
 
+def test_a_missing_folder_beside_others_is_no_hub_name(tmp_path, monkeypatch):
+    (tmp_path / 'runs/one').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VlmError, match="no model 'runs/two'"): resolve_model('runs/two')
+    assert resolve_model('Qwen/Qwen2-VL-2B-Instruct') == 'Qwen/Qwen2-VL-2B-Instruct'
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a CUDA GPU is here')
 def test_cuda_asked_for_and_absent():
     with pytest.raises(VlmError, match='cuda'): load_model(TINY, 'cuda')

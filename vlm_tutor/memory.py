@@ -428,7 +428,8 @@ def plan(
         if value is not None and not value > 0: raise VlmError(f'{name} is {value:g}', 'Allowed: a number above 0')
     data, lines = _planned(load_config(config, overrides), gpu_memory, tflops)
     if gpu_memory: lines.append(f"fits     {'yes' if data['fits'] else 'no'}: {gpu_memory:g} GB")
-    parts = [table(data['items']), '\n'.join(lines), table(data['change']), f'next     vlm train {config}']
+    after = ' '.join(['next     vlm train', str(config), *overrides])
+    parts = [table(data['items']), '\n'.join(lines), table(data['change']), after]
     return Result(data, '\n\n'.join(parts), md_table(data['items']), code=int(data['fits'] is False))
 
 # %% ../nbs/04_memory.ipynb #a6657099

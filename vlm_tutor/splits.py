@@ -291,7 +291,6 @@ def _placed(file, settings, keys):
 # %% ../nbs/09_splits.ipynb #a8afc90f
 def _write_data_set(dir, source, settings, merge, name, force):
     "Split a source into a data set; its rows by split, and how many are new"
-    check_shares(settings['shares'])
     examples = _one_list(source, merge)
     keys, groups, file = row_keys(examples), row_groups(examples, settings['group']), Path(dir)/'splits.json'
     placed, grown = _placed(file, settings, keys)
@@ -339,6 +338,7 @@ def split(
     "Split documents so that none moves later, or look for leaks between splits"
     if stratify and not folds: raise VlmError(f"stratify '{stratify}' needs folds", remedy='Add --folds 5')
     if folds is not None: check_folds(folds, folds)
+    check_shares(dict(validation=validation, test=test))
     settings, new = dict(shares=dict(validation=validation, test=test), group=group, seed=seed), 0
     if source: parts, new = _write_data_set(dir, source, settings, merge, name, force)
     else: parts = load_splits(dir)

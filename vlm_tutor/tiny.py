@@ -154,7 +154,7 @@ def resolve_model(name: str) -> str:
         if (path / 'config.json').exists(): return str(path)
         raise VlmError(f"'{name}' is not a model folder: it has no config.json",
                        remedy='Merge an adapter into its base, or name the base')
-    if name.count('/') != 1 or name[0] in './~':
+    if name.count('/') != 1 or name[0] in './~' or path.parent.is_dir(): # a folder of the hub would not lie here
         raise VlmError(f"no model '{name}'", f"'{TINY}', a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
     return name
 
