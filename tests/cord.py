@@ -43,3 +43,15 @@ def make_cord(folder, shards=2, **counts):
         at += n
     (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     return folder
+
+
+def short_receipts(folder, n):
+    "A saved data set of `n` receipts a split whose answers are a few tokens long; its folder"
+    from vlm_tutor.core import atomic_write, read_json_file
+    from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
+    save_cord_dataset_in_sharegpt_format(folder, n=n)
+    for file in folder.glob("cord*.json"):
+        rows = read_json_file(file)
+        for i, row in enumerate(rows): row["messages"][1]["content"] = json.dumps(dict(total=str(i) * (i + 1)))
+        atomic_write(file, json.dumps(rows))
+    return folder

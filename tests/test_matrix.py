@@ -1,13 +1,13 @@
 """Every method by one word on the embedded base: built, trained, saved, loaded, merged, asked, gone on with"""
-import json, shutil
+import shutil
 
 import pytest
 import torch
+from cord import short_receipts
 from vlm_tutor.config import CHOICES, LORA, MEANING, SOFT, WEIGHTS, load_config
-from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, read_jsonl
+from vlm_tutor.core import RunFolder, VlmError, read_json_file, read_jsonl
 from vlm_tutor.lora import count_trainable
 from vlm_tutor.predict import adapter_hash, generate, load_run_model, predict, split_examples
-from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
 from vlm_tutor.soft import BUILDERS, build_method, load_adapter
 from vlm_tutor.tiny import load_model
 from vlm_tutor.train import events, train, trained_folder
@@ -23,13 +23,7 @@ some = pytest.mark.parametrize("word", [word if word in quick else pytest.param(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "Four receipts a split with short answers"
-    folder = tmp_path_factory.mktemp("data")
-    save_cord_dataset_in_sharegpt_format(folder, n=4)
-    for file in folder.glob("cord*.json"):
-        rows = read_json_file(file)
-        for i, row in enumerate(rows): row["messages"][1]["content"] = json.dumps(dict(total=str(i) * (i + 1)))
-        atomic_write(file, json.dumps(rows))
-    return folder
+    return short_receipts(tmp_path_factory.mktemp("data"), 4)
 
 
 def options(data, path, word):

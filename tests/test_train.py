@@ -3,10 +3,10 @@ import json, math, os, shutil, signal, subprocess, sys, time
 
 import pytest
 import torch
+from cord import short_receipts
 from vlm_tutor.config import as_dict, load_config
 from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file
 from vlm_tutor.predict import adapter_hash, generate, load_run_model, model_hash, predict, split_examples
-from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
 from vlm_tutor.tiny import build_processor, build_tiny, save_tiny
 from vlm_tutor.engine import last_checkpoint
 from vlm_tutor.train import Rows, events, train
@@ -19,13 +19,7 @@ TRAIN = "import json, sys; from vlm_tutor.train import train; train('tiny', over
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "Eight receipts a split with short answers"
-    folder = tmp_path_factory.mktemp("data")
-    save_cord_dataset_in_sharegpt_format(folder, n=8)
-    for file in folder.glob("cord*.json"):
-        rows = read_json_file(file)
-        for i, row in enumerate(rows): row["messages"][1]["content"] = json.dumps(dict(total=str(i) * (i + 1)))
-        atomic_write(file, json.dumps(rows))
-    return folder
+    return short_receipts(tmp_path_factory.mktemp("data"), 8)
 
 
 @pytest.fixture(scope="module")
