@@ -6,7 +6,9 @@ import torch
 from cord import short_receipts
 from vlm_tutor.config import CHOICES, LORA, MEANING, SOFT, WEIGHTS, load_config
 from vlm_tutor.core import RunFolder, VlmError, read_json_file, read_jsonl
+from vlm_tutor.lean import why_not_lean
 from vlm_tutor.lora import count_trainable
+from vlm_tutor.memory import LEAN, method_of
 from vlm_tutor.predict import adapter_hash, generate, load_run_model, predict, split_examples
 from vlm_tutor.soft import BUILDERS, build_method, load_adapter
 from vlm_tutor.tiny import load_model
@@ -73,6 +75,13 @@ def test_peft_counts_the_same(word):
     model = build_method(load_model("tiny-receipts"), load_config("tiny", dict(finetuning_type=word)))
     trainable, total = model.get_nb_trainable_parameters()
     assert trainable == count_trainable(model)["trainable"] and count_trainable(model)["total"] <= total
+
+
+@every
+def test_the_planner_knows_who_goes_the_short_way(word):
+    config = load_config("tiny", dict(finetuning_type=word))
+    model, _, _ = load_run_model(config)
+    assert (method_of(config).name in LEAN) == (why_not_lean(build_method(model, config)) is None)
 
 
 @every
