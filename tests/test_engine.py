@@ -293,7 +293,8 @@ def test_a_process_without_a_row_keeps_the_others_company(data, tmp_path, fsdp):
 def test_two_processes_learn_what_one_does(data, ours, tmp_path, fsdp):
     script, path = tmp_path / "two.py", tmp_path / "run"
     script.write_text(TWO)
-    given = options(data, path, per_device_train_batch_size=2, fsdp=fsdp, eval_strategy="epoch")
+    given = options(data, path, per_device_train_batch_size=2, fsdp=fsdp, eval_strategy="epoch",
+                    disable_gradient_checkpointing=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(script), json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300,
@@ -303,6 +304,38 @@ def test_two_processes_learn_what_one_does(data, ours, tmp_path, fsdp):
     assert losses(path) == pytest.approx(losses(ours.path), rel=1e-3)
     state = read_json_file(last_checkpoint(RunFolder(path)) / "trainer_state.json")
     assert state["processes"] == 2 and len(list(last_checkpoint(RunFolder(path)).glob("random-*"))) == 2
+    assert state["memory"] == ("layers" if fsdp else "keep")
+
+
+SHORT = """
+import json, os, sys
+import torch
+from vlm_tutor.core import VlmError
+from vlm_tutor.engine import Engine, LeanLoss
+from vlm_tutor.train import train
+Engine._careful, enough = True, LeanLoss.__call__
+def short(self, rows):
+    if os.environ['RANK'] == '1' and len(rows) > 1: raise torch.OutOfMemoryError('too many rows')
+    return enough(self, rows)
+LeanLoss.__call__ = short
+try: train('tiny', overrides=json.loads(sys.argv[1]))
+except VlmError as error: sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_memory_that_runs_out_in_one_process(data, ours, tmp_path, fsdp):
+    "Alone it takes smaller pieces; where weights are shared it must end the run, for the others would wait for it"
+    script, path = tmp_path / "two.py", tmp_path / "run"
+    script.write_text(SHORT)
+    given = options(data, path, per_device_train_batch_size=2, fsdp=fsdp, auto_find_batch_size=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+               json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode != 0) == fsdp, done.stderr[-2000:]
+    if fsdp: assert "no process can take smaller pieces" in done.stderr
+    else: assert losses(path) == pytest.approx(losses(ours.path), rel=1e-3)
 
 
 def test_sharing_weights_really_shares_them(loaded, tmp_path):

@@ -29,9 +29,9 @@ from .sources import load_examples
 
 # %% ../nbs/25_bench.ipynb #51a3fbe4
 SETTINGS = dict(model='scaled-2b', data=None, vocabulary=9496, rows=16, image=[448, 672], answer_tokens=180,
-                image_max_pixels=589824, dtype='float32', batch=2, accumulation=2, learning_rate=1e-3, lora_rank=8,
-                epochs=10, peer_epochs=2, steps=0, pages=0, repeats=5, threads=1, seed=42, check_steps=4,
-                check_accumulation=None, tolerance=1e-4, items=20)
+                answer_spread=.5, image_max_pixels=589824, dtype='float32', batch=2, accumulation=2,
+                learning_rate=1e-3, lora_rank=8, epochs=10, peer_epochs=2, steps=0, pages=0, repeats=5, threads=1,
+                seed=42, check_steps=4, check_accumulation=None, tolerance=1e-4, items=20)
 ENGINE = dict(worker='plain', peer=None, checkpointing=None, settings={})
 EXPERIMENT = dict(task='train', device='cpu', engines={}, base={}, points={}, vary={}, report_epochs=[], targets={})
 CHOICES = dict(task=['train', 'predict', 'save', 'score'], device=['cpu', 'cuda'], dtype=['float32', 'bfloat16'],
@@ -173,15 +173,17 @@ def random_answer(
 # %% ../nbs/25_bench.ipynb #b06f28d6
 def _draw_rows(folder, settings, splits):
     "The synthetic data set: pages with answers of varied length"
-    rng, length = random.Random(settings['seed']), settings['answer_tokens']
+    rng, same = random.Random(settings['seed']), settings['answer_spread'] == 0
+    few, many = (round(settings['answer_tokens']*(1 + side*settings['answer_spread'])) for side in (-1, 1))
+    answer = random_answer(few, rng) if same else None
     for split, n in splits.items():
         rows = []
         for i in range(n):
             path = folder/'pages'/f'{split}-{i%(settings["pages"] or n):04}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists(): draw_page(settings['image'], rng).save(path)
-            answer = random_answer(rng.randint(length//2, length*3//2), rng)
-            rows.append(Example(f'{split}-{i:04}', [str(path)], 'Read the page as JSON.', answer))
+            said = answer or random_answer(rng.randint(few, many), rng)
+            rows.append(Example(f'{split}-{i:04}', [str(path)], 'Read the page as JSON.', said))
         write_split(folder/'data', 'bench', split, rows)
     return folder/'data'
 
@@ -240,7 +242,7 @@ def _count_tokens(preprocess, rows):
     return {key: [count[key] for count in counts] for key in ('image', 'prompt', 'answer', 'length')}
 
 # %% ../nbs/25_bench.ipynb #70a6c4a5
-WORK_KEYS = 'model data vocabulary rows pages image answer_tokens image_max_pixels lora_rank seed'.split()
+WORK_KEYS = 'model data vocabulary rows pages image answer_tokens answer_spread image_max_pixels lora_rank seed'.split()
 
 def make_work(
     settings: dict,  # of a point

@@ -188,14 +188,23 @@ class Engine:
         self.plan = plan_steps(config, n, processes)
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.loss, self.reason = choose_loss(model, preprocess, config)
-        gpu = model.device.type == 'cuda'
-        if not gpu: reuse_memory()
-        self.most = self.size//processes if config.auto_find_batch_size and gpu else config.per_device_train_batch_size
+        self._choose_pieces()
         self.optimizer = torch.optim.AdamW(rate_groups(self.named, config), lr=config.learning_rate, fused=True,
                                            weight_decay=config.weight_decay)
         steps = self.plan['warmup_steps'], self.plan['steps']
         self.share = get_scheduler(config.lr_scheduler_type, self.optimizer, *steps).lr_lambdas[0]
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=numbers(model) == torch.float16)
+
+# %% ../nbs/17a_engine.ipynb #04921688
+@patch
+def _choose_pieces(self: Engine):
+    "How many rows go through the model at once, and how thrifty it is from the start"
+    c, gpu = self.config, self.model.device.type == 'cuda'
+    if not gpu: reuse_memory()
+    self.shared = c.fsdp and self.processes > 1 # then no process can change its pieces alone
+    whole = c.auto_find_batch_size and gpu and not self.shared
+    self.most = self.size//self.processes if whole else c.per_device_train_batch_size
+    while self.shared and not c.disable_gradient_checkpointing and self.loss.save_memory(): pass
 
 # %% ../nbs/17a_engine.ipynb #db6619f4
 @patch
@@ -229,20 +238,42 @@ def _careful(self: Engine):
 
 # %% ../nbs/17a_engine.ipynb #1b74e86b
 @patch
+def _give_up(self: Engine,
+    rows: list, # a piece for which memory did not suffice
+    key: str = 'per_device_train_batch_size', # what the user may lower
+):
+    "Say what does not fit, and what helps"
+    longest = max(len(row['input_ids']) for row in rows)
+    alone = ', and with fsdp no process can take smaller pieces than the others' if self.shared else ''
+    smaller = f'{key}, ' if len(rows) > 1 else ''
+    raise VlmError(f'memory does not suffice for {len(rows)} rows of up to {longest} tokens{alone}',
+                   remedy=f'Lower {smaller}image_max_pixels or cutoff_len, or take a smaller model')
+
+@patch
 def _fit_into_memory(self: Engine,
     rows: list, # a piece for which memory did not suffice
 ):
     "Make pieces smaller; with one row, compute more of it twice; else give up"
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    longest = max(len(row['input_ids']) for row in rows)
+    if self.shared: self._give_up(rows)
     if len(rows) > 1 and self.config.auto_find_batch_size:
         self.most = (len(rows) + 1)//2
         say(f'memory does not suffice for {len(rows)} rows at once; going on with {self.most}, the step stays the same')
     elif not self.config.disable_gradient_checkpointing and self.loss.save_memory():
-        say(f'memory does not suffice for a row of {longest} tokens; {self.loss.memory} are computed twice from now on')
-    else:
-        raise VlmError(f'memory does not suffice for a batch of {len(rows)} with {longest} tokens',
-                       remedy='Lower image_max_pixels or cutoff_len, or take a smaller model')
+        say(f'memory does not suffice for {len(rows)} rows; {self.loss.memory} are computed twice from now on')
+    else: self._give_up(rows)
+
+# %% ../nbs/17a_engine.ipynb #df14e656
+@patch
+def measure(self: Engine,
+    rows: list, # a piece of the validation rows
+) -> float: # summed over its answer tokens
+    "The loss of a piece, without gradient"
+    try:
+        with torch.no_grad(): return self.loss(rows).item()
+    except torch.OutOfMemoryError:
+        if self.shared or len(rows) == 1: self._give_up(rows, 'per_device_eval_batch_size')
+    return sum(self.measure(piece) for piece in cut(rows, (len(rows) + 1)//2, False))
 
 # %% ../nbs/17a_engine.ipynb #6900d46a
 def processes() -> tuple: # rank, how many
@@ -288,7 +319,7 @@ def idle_passes(self: Engine,
 ) -> int: # passes
     "How many passes without weight this process owes to the others"
     if rows: self.spare = rows[0]
-    if not self.config.fsdp or self.processes == 1: return 0
+    if not self.shared: return 0
     most = torch.tensor(len(pieces), device=self.model.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most) - len(pieces)

@@ -198,16 +198,14 @@ def validation_loss(
     rows: list, # encoded validation rows, all of them
 ) -> float: # per answer token
     "Mean loss over the answer tokens of the validation rows"
-    import torch
     from vlm_tutor.engine import answer_tokens, cut, processes
     engine.model.eval()
     rank, n = processes()
     own = [rows[i] for i in range(rank, len(rows), n)]
     pieces = cut(own, engine.config.per_device_eval_batch_size)
     idle = engine.idle_passes(own, pieces)
-    with torch.no_grad():
-        total = sum(engine.loss(piece).item() for piece in pieces)
-        for _ in range(idle): engine.loss([engine.spare])
+    total = sum(map(engine.measure, pieces))
+    for _ in range(idle): engine.measure([engine.spare])
     return engine.total(float(total))/engine.total(sum(map(answer_tokens, pieces)))
 
 # %% ../nbs/18_train.ipynb #a4786dcd
