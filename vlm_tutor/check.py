@@ -32,7 +32,7 @@ from .config import Config, load_config
 from .core import (Example, Result, VlmError, append_jsonl, asset, atomic_write, check_choice, content_hash,
                             json_line, md_table, progress, read_json_file, read_jsonl, table, upright_size)
 from .examples import saved_schema
-from .memory import size_tokens
+from .models import size_tokens
 from .receipts import SPLITS
 from .report import html_table, image_data_url, tag, whole_page
 from .sources import (DIALECTS, IMAGE_TYPES, PLACEHOLDERS, choose_data_set, compact_json, find_schema,

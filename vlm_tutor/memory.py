@@ -8,8 +8,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/memory.html.md"""
 __all__ = ['SHAPES', 'MEMORY', 'CONTEXT', 'LEAN', 'ASSUMED', 'RATE', 'CPU_RATE', 'GOALS', 'SHIFTS', 'CANDIDATES', 'SOME', 'MUCH',
            'ADAPTERS', 'SOFT', 'Shape', 'size_parts', 'total_size', 'read_shape', 'find_shape', 'count_learning',
            'Load', 'plain', 'layer_bytes', 'score_bytes', 'weight_items', 'peak_bytes', 'plan_items', 'sample_flops',
-           'plan_hours', 'size_tokens', 'text_counter', 'measure_rows', 'method_of', 'make_load', 'fit',
-           'what_to_change', 'compare_items', 'plan', 'Case', 'goal_rules', 'rules', 'rank_methods', 'recommend']
+           'plan_hours', 'text_counter', 'measure_rows', 'method_of', 'make_load', 'fit', 'what_to_change',
+           'compare_items', 'plan', 'Case', 'goal_rules', 'rules', 'rank_methods', 'recommend']
 
 # %% ../nbs/04_memory.ipynb #07ae96f0
 import json, math
@@ -20,6 +20,7 @@ from .config import Config, choose_rows, load_config, method_keys, plan_steps
 from .core import (ASSETS, Result, VlmError, check_choice, md_table, nearest, progress, read_json_file,
                             table, upright_size)
 from .methods import METHODS, Method, find_method
+from .models import size_tokens
 
 # %% ../nbs/04_memory.ipynb #e0612c9a
 @dataclass(frozen=True)
@@ -240,23 +241,6 @@ def plan_hours(
     "How long a run takes at a stated rate"
     f = sample_flops(s, m, load)
     return (samples*(f['language'] + f['scores'] + f['tower']) + load.images*f['once'])/tflops/1e12/3600
-
-# %% ../nbs/04_memory.ipynb #c6749abd
-def size_tokens(
-    size: tuple, # width and height
-    factor: int = 28, # pixels a side that one token covers
-    least: int = 1024, # smaller areas are enlarged to this
-    most: int = 589824, # larger ones are shrunk to this
-) -> int: # visual tokens
-    "Tokens of an image by Qwen2-VL's rule"
-    width, height = (round(side/factor)*factor for side in size)
-    if width*height > most:
-        shrink = math.sqrt(size[0]*size[1]/most)
-        width, height = (max(factor, math.floor(side/shrink/factor)*factor) for side in size)
-    elif width*height < least:
-        grow = math.sqrt(least/(size[0]*size[1]))
-        width, height = (math.ceil(side*grow/factor)*factor for side in size)
-    return width*height//factor**2
 
 # %% ../nbs/04_memory.ipynb #017fc53f
 def text_counter(
