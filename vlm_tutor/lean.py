@@ -368,10 +368,11 @@ LAYER = 'self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp
 
 def _odd(layer):
     "What a decoder layer has that `lean_layer` does not know, in words"
-    parts = [n for n, _ in layer.named_children()] + [f'self_attn.{n}' for n, _ in layer.self_attn.named_children()]
+    parts = [n for n, _ in layer.named_children()]
+    if 'self_attn' in parts: parts += [f'self_attn.{n}' for n, _ in layer.self_attn.named_children()]
     unknown = set(parts) - {'self_attn', 'mlp', *LAYER}
     if unknown: return f'the layer part {min(unknown)}'
-    if type(layer.mlp.act_fn).__name__ not in ('SiLU', 'SiLUActivation'): return 'another activation than SiLU'
+    if type(getattr(layer.mlp, 'act_fn', None)).__name__ not in ('SiLU', 'SiLUActivation'): return 'another activation than SiLU'
     if getattr(layer.self_attn, 'sliding_window', None): return 'attention in a sliding window'
     for name in LAYER[:7]:
         linear = layer.get_submodule(name)
@@ -395,6 +396,7 @@ def why_not_lean(
     base = model.get_base_model()
     vlm = getattr(base, 'model', None)
     text = getattr(vlm, 'language_model', None)
+    if hasattr(getattr(vlm, 'visual', None), 'deepstack_merger_list'): return 'a tower that speaks to later layers (deepstack)'
     if text is None or not hasattr(vlm, 'get_rope_index') or not hasattr(base, 'lm_head'): return 'another architecture'
     if not hasattr(sys.modules[type(text.layers[0]).__module__], 'apply_rotary_pos_emb'): return 'another architecture'
     if base.lm_head.weight.requires_grad or text.embed_tokens.weight.requires_grad: return 'a head that learns'

@@ -15,7 +15,7 @@ import torch
 
 from .config import LORA, SOFT
 from .core import VlmError
-from .lora import build_adapter, build_freeze, build_full, build_ia3, no_chatter
+from .lora import build_adapter, build_freeze, build_full, build_ia3, decoder, no_chatter
 from .tiny import load_processor
 
 # %% ../nbs/15_soft.ipynb #f2d4963a
@@ -36,7 +36,7 @@ class SoftTokens:
         model, # a PeftModel that learns a prompt
     ):
         self.vlm = model.get_base_model().model
-        self.model, self.text, self.kind = model, self.vlm.language_model, model.active_peft_config
+        self.model, self.text, self.kind = model, decoder(model), model.active_peft_config
         self.hooks, self.extra, self.placed = [], 0, False
 
 def has_prefix(
@@ -158,7 +158,7 @@ def begin_as(
     base, weight = model.get_base_model(), model.prompt_encoder[model.active_adapter].embedding.weight
     found = base.get_input_embeddings()(ids.to(weight.device))
     if has_prefix(model):
-        cache = base.model.language_model(inputs_embeds=found[None], use_cache=True).past_key_values
+        cache = decoder(base)(inputs_embeds=found[None], use_cache=True).past_key_values
         pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
         found = pairs.permute(3, 0, 1, 2, 4).flatten(1)
     weight.copy_(found)
