@@ -20,13 +20,18 @@ def qwen_config(kind, tokenizer):
                 pad_token_id=ids("endoftext"), max_position_embeddings=4096)
     if kind != "qwen2_vl": text["rope_parameters"] = rope | dict(mrope_interleaved=True) if "3" in kind else rope
     if "3" in kind: text |= dict(head_dim=16)
+    if kind.startswith("qwen3_5"):
+        text |= dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=8, linear_num_key_heads=4,
+                     linear_key_head_dim=16, linear_value_head_dim=8)
+        rope["partial_rotary_factor"], rope["mrope_section"] = .5, [2, 1, 1]
+        text["rope_parameters"] = rope | dict(mrope_interleaved=True)
     if "moe" in kind: text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
     vision = dict(depth=3, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2)
     vision |= dict(qwen2_vl=dict(embed_dim=32, hidden_size=64, mlp_ratio=2),
                    qwen2_5_vl=dict(hidden_size=32, intermediate_size=64, out_hidden_size=64, window_size=32,
                                    fullatt_block_indexes=[2])).get(kind) or \
         dict(hidden_size=32, intermediate_size=64, out_hidden_size=64, num_position_embeddings=64,
-             deepstack_visual_indexes=[0, 1])
+             **{} if "3_5" in kind else dict(deepstack_visual_indexes=[0, 1]))
     named = {f"{name}_token_id": ids(word) for name, word in dict(
         image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end").items()}
     return AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=False, **named)

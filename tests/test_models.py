@@ -51,7 +51,7 @@ def in_budget(family, images, size): return look(images, size)["num_soft_tokens_
 def in_tiles(family, images, size):
     made = look(images, size, return_row_col_info=True)
     count = made["pixel_values"].shape[1]
-    assert (made["rows"][0][0], made["cols"][0][0]) == family.seen(*size)[2:]
+    assert (made["rows"][0][0], made["cols"][0][0]) == family.seen(*size)[2:4]
     return count*family.values["tokens"], count
 
 
@@ -102,7 +102,7 @@ def test_tiles_of_other_sizes_too(values):
     for size in SIZES:
         made = look(images, size, return_row_col_info=True)
         found = row.seen(*size, values)
-        assert found[1:] == (made["pixel_values"].shape[1], made["rows"][0][0], made["cols"][0][0]), (size, values)
+        assert found[1:4] == (made["pixel_values"].shape[1], made["rows"][0][0], made["cols"][0][0]), (size, values)
 
 
 def test_a_hand_worked_page_of_each_rule():

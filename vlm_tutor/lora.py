@@ -173,7 +173,9 @@ def build_ia3(
     config, # a `Config`
 ): # PeftModel
     "Freeze the model and put factors at keys, values and MLPs of the language model"
-    targets = lora_targets(model, replace(config, lora_target='k_proj,v_proj,down_proj'))
+    there = {name.rpartition('.')[2] for name, part in linear_layers(model).items() if part == 'language'}
+    words = [word for word in ('k_proj', 'v_proj', 'down_proj') if word in there] # experts are no linear layers
+    targets = lora_targets(model, replace(config, lora_target=','.join(words)))
     with no_chatter():
         from peft import IA3Config, PeftModel, get_peft_model
         if config.adapter_name_or_path:

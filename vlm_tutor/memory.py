@@ -20,7 +20,7 @@ from .config import Config, choose_rows, load_config, method_keys, plan_steps
 from .core import (ASSETS, Result, VlmError, check_choice, md_table, nearest, progress, read_json_file,
                             table, upright_size)
 from .methods import METHODS, Method, find_method
-from .models import size_tokens
+from .models import FAMILIES, guess_family, limit_values, size_tokens
 
 # %% ../nbs/04_memory.ipynb #e0612c9a
 @dataclass(frozen=True)
@@ -255,16 +255,23 @@ def text_counter(
     return (lambda text: math.ceil(len(text)/2.5)), False
 
 # %% ../nbs/04_memory.ipynb #25c25e0c
-def _row_length(row, s, config, root, count):
+def _row_length(row, image_rule, root, count):
     "Tokens of image, prompt and answer of one row of a ShareGPT file"
     from PIL import Image
-    size, image = s.patch*s.merge, 0
+    image = 0
     for path in row.get('images') or ():
-        with Image.open(root/path) as picture:
-            image += size_tokens(upright_size(picture), size, config.image_min_pixels, config.image_max_pixels)
+        with Image.open(root/path) as picture: seen = image_rule(*upright_size(picture))
+        image += seen.tokens + seen.around
     said = [part.get('content', part.get('value', '')) for part in row.get('messages', row.get('conversations', ()))]
     answer = count(said[-1]) + 2 if said else 0
     return dict(image=image, prompt=sum(map(count, said[:-1])) + 24, answer=answer)
+
+def _image_rule(config, s):
+    "The rule of the model's family, under the configuration's limits"
+    family = guess_family(config.model_name_or_path) or FAMILIES['qwen2_vl']
+    own = dict(patch_size=s.patch, merge_size=s.merge) if family.rule == 'proportion' else {}
+    values = limit_values(family.values | own, config.image_max_pixels, config.image_min_pixels)
+    return lambda width, height: family.seen(width, height, values)
 
 # %% ../nbs/04_memory.ipynb #6e353832
 def measure_rows(
@@ -279,7 +286,8 @@ def measure_rows(
     count, exact = text_counter(config.model_name_or_path)
     rows, n = [rows[i] for i in choose_rows(config, len(rows))[0]], len(rows)
     root = Path(config.media_dir or config.dataset_dir)
-    found = [_row_length(row, s, config, root, count) for row in progress(rows, len(rows), 'measure rows', 'row')]
+    rule = _image_rule(config, s)
+    found = [_row_length(row, rule, root, count) for row in progress(rows, len(rows), 'measure rows', 'row')]
     totals = sorted(sum(one.values()) for one in found)
     mean = lambda key: round(sum(one[key] for one in found)/len(found))
     return dict(n=n, image=mean('image'), prompt=mean('prompt'), answer=mean('answer'), longest=totals[-1],

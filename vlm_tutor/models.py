@@ -6,7 +6,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/models.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'SEVEN', 'FOUR', 'LINEAR', 'SHARED', 'QWEN', 'OLD', 'NEW', 'FAMILIES', 'TILES', 'GEMMA', 'GLM', 'size_tokens',
-           'Seen', 'rule', 'Family', 'add_family', 'all_types', 'find_family', 'read_family', 'model_rows', 'models']
+           'Seen', 'rule', 'Family', 'limit_values', 'add_family', 'all_types', 'find_family', 'read_family',
+           'guess_family', 'model_rows', 'models']
 
 # %% ../nbs/02_models.ipynb #00962a16
 import math, re
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
-from .core import Result, VlmError, check_choice, md_table, nearest, read_json_file, table
+from .core import ASSETS, Result, VlmError, check_choice, md_table, nearest, read_json_file, table
 
 # %% ../nbs/02_models.ipynb #40dc1059
 def size_tokens(
@@ -42,6 +43,7 @@ class Seen(NamedTuple):
     looks: int = 1 # pictures the tower is shown
     rows: int = 0 # of tiles
     columns: int = 0 # of tiles
+    around: int = 0 # tokens between and around tiles: their places, line breaks
 
 RULES = {}
 
@@ -99,7 +101,8 @@ def _tiles(width, height, v):
     if width >= height: columns, rows = up(width), up(int(up(width)*tile/ratio))
     else: rows, columns = up(height), up(int(up(height)*tile*ratio))
     looks = rows*columns + 1 if rows*columns > 1 else 1
-    return Seen(looks*v['tokens'], looks, *((rows, columns) if looks > 1 else (0, 0)))
+    if looks == 1: return Seen(v['tokens'], around=3)
+    return Seen(looks*v['tokens'], looks, rows, columns, 3 + rows*(2*columns + 1))
 
 # %% ../nbs/02_models.ipynb #2ef505e3
 @rule
@@ -191,6 +194,21 @@ class Family:
     trains: bool = False # does the native engine's test matrix hold a small one?
     why_untested: str = '' # why no test holds the rule
 
+# %% ../nbs/02_models.ipynb #02b477bf
+def limit_values(
+    values: dict, # of a processor
+    most: int|None = None, # pixels of an image; its own limit when None
+    least: int|None = None, # the same for small images
+) -> dict: # the values under these limits
+    "Limits in pixels, in a processor's own words"
+    v, edge = dict(values), values.get('longest_edge')
+    if edge and 'tile' in v:
+        v['longest_edge'] = min(edge, max(1, int((most or edge**2)**.5)//v['tile'])*v['tile'])
+    elif edge:
+        n = v.get('temporal_patch_size', 1)
+        v |= dict(longest_edge=n*most if most else edge, shortest_edge=n*least if least else v['shortest_edge'])
+    return v
+
 # %% ../nbs/02_models.ipynb #f7789cc9
 @patch
 def seen(self: Family,
@@ -252,14 +270,14 @@ add_family(Family(
 add_family(Family(
     'qwen3_vl_moe', 'Qwen3-VL with experts', ('qwen3_vl_moe',), ('Qwen/Qwen3-VL-30B-A3B-Instruct',),
     'Apache-2.0', **QWEN, layers=FOUR, values=NEW,
-    source='preprocessor_config.json of Qwen/Qwen3-VL-30B-A3B-Instruct', template='qwen3_vl_nothink'))
+    source='preprocessor_config.json of Qwen/Qwen3-VL-30B-A3B-Instruct', template='qwen3_vl_nothink', trains=True))
 
 # %% ../nbs/02_models.ipynb #4c33f665
 add_family(Family(
     'qwen3_5', 'Qwen3.5', ('qwen3_5',),
     ('Qwen/Qwen3.5-0.8B', 'Qwen/Qwen3.5-2B', 'Qwen/Qwen3.5-4B', 'Qwen/Qwen3.5-9B', 'Qwen/Qwen3.5-27B'),
     'Apache-2.0', **QWEN, layers=SEVEN + LINEAR, values=NEW,
-    source='preprocessor_config.json of Qwen/Qwen3.5-2B-Base', template='qwen3_5_nothink'))
+    source='preprocessor_config.json of Qwen/Qwen3.5-2B-Base', template='qwen3_5_nothink', trains=True))
 add_family(Family(
     'qwen3_5_moe', 'Qwen3.5 with experts', ('qwen3_5_moe',), ('Qwen/Qwen3.5-35B-A3B',), 'Apache-2.0', **QWEN,
     layers=FOUR + LINEAR + SHARED, values=NEW, source='preprocessor_config.json of Qwen/Qwen3.5-2B-Base',
@@ -373,6 +391,15 @@ def read_family(
 ) -> Family: # its row
     "The row that a model's configuration names"
     return find_family(str(read_json_file(Path(folder)/'config.json').get('model_type')))
+
+# %% ../nbs/02_models.ipynb #d7d51150
+def guess_family(
+    name: str, # a folder, tiny-receipts, or a hub name
+) -> Family|None: # its row; None for a hub name that is in no row
+    "The row of a model, without asking the hub"
+    for folder in (Path(name), ASSETS/name):
+        if (folder/'config.json').is_file(): return read_family(folder)
+    return next((f for f in FAMILIES.values() if name in f.models), None)
 
 # %% ../nbs/02_models.ipynb #8fcea511
 def model_rows(
