@@ -1,4 +1,4 @@
-"""Small models of the families that the engine trains: random weights, real architectures, saved as checkpoint folders."""
+"""Small models of the families that the engine trains: random weights, real architectures, as checkpoint folders."""
 import json
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -21,11 +21,12 @@ def qwen_config(kind, tokenizer):
     if kind != "qwen2_vl": text["rope_parameters"] = rope | dict(mrope_interleaved=True) if "3" in kind else rope
     if "3" in kind: text |= dict(head_dim=16)
     if kind.startswith("qwen3_5"):
-        text |= dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=8, linear_num_key_heads=4,
-                     linear_key_head_dim=16, linear_value_head_dim=8)
+        text |= dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=8,
+                     linear_num_key_heads=4, linear_key_head_dim=16, linear_value_head_dim=8)
         rope["partial_rotary_factor"], rope["mrope_section"] = .5, [2, 1, 1]
         text["rope_parameters"] = rope | dict(mrope_interleaved=True)
-    if "moe" in kind: text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
+    if "moe" in kind:
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
     vision = dict(depth=3, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2)
     vision |= dict(qwen2_vl=dict(embed_dim=32, hidden_size=64, mlp_ratio=2),
                    qwen2_5_vl=dict(hidden_size=32, intermediate_size=64, out_hidden_size=64, window_size=32,

@@ -66,8 +66,8 @@ class Preprocess:
         self.size = {name: self.values[name] for name in ('longest_edge', 'shortest_edge') if name in own}
         self.opening, self.closing = answer_frame(processor)
         if self.size.get('shortest_edge', 0) > self.size['longest_edge']:
-            raise VlmError('image_min_pixels {shortest_edge} is above image_max_pixels {longest_edge}'.format(**self.size),
-                           remedy='Lower the one or raise the other')
+            what = 'image_min_pixels {shortest_edge} is above image_max_pixels {longest_edge}'
+            raise VlmError(what.format(**self.size), remedy='Lower the one or raise the other')
 
 # %% ../nbs/13_collate.ipynb #f3ab2b33
 @patch
@@ -88,7 +88,7 @@ def answer_ids(self: Preprocess,
     return self.tokenizer(self.opening + example.target + self.closing, add_special_tokens=False)['input_ids']
 
 # %% ../nbs/13_collate.ipynb #59c46d75
-SHOWN = ('pixel_values', 'image_grid_thw', 'pixel_attention_mask') # what a model is shown of images; some families' only
+SHOWN = ('pixel_values', 'image_grid_thw', 'pixel_attention_mask') # of images; not every family has all
 
 @patch
 def look_at(self: Preprocess,

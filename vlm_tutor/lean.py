@@ -372,7 +372,8 @@ def _odd(layer):
     if 'self_attn' in parts: parts += [f'self_attn.{n}' for n, _ in layer.self_attn.named_children()]
     unknown = set(parts) - {'self_attn', 'mlp', *LAYER}
     if unknown: return f'the layer part {min(unknown)}'
-    if type(getattr(layer.mlp, 'act_fn', None)).__name__ not in ('SiLU', 'SiLUActivation'): return 'another activation than SiLU'
+    act = type(getattr(layer.mlp, 'act_fn', None)).__name__
+    if act not in ('SiLU', 'SiLUActivation'): return 'another activation than SiLU'
     if getattr(layer.self_attn, 'sliding_window', None): return 'attention in a sliding window'
     for name in LAYER[:7]:
         linear = layer.get_submodule(name)

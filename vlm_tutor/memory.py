@@ -266,11 +266,12 @@ def _row_length(row, image_rule, root, count):
     answer = count(said[-1]) + 2 if said else 0
     return dict(image=image, prompt=sum(map(count, said[:-1])) + 24, answer=answer)
 
-def _image_rule(config, s):
-    "The rule of the model's family, under the configuration's limits"
-    family = guess_family(config.model_name_or_path) or FAMILIES['qwen2_vl']
-    own = dict(patch_size=s.patch, merge_size=s.merge) if family.rule == 'proportion' else {}
-    values = limit_values(family.values | own, config.image_max_pixels, config.image_min_pixels)
+def _image_rule(config):
+    "The rule of the model's family, with its processor's values, under the configuration's limits"
+    name = config.model_name_or_path
+    family = guess_family(name) or FAMILIES['qwen2_vl']
+    folder = next((folder for folder in (Path(name), ASSETS/name) if folder.is_dir()), None)
+    values = limit_values(family.own_values(folder), config.image_max_pixels, config.image_min_pixels)
     return lambda width, height: family.seen(width, height, values)
 
 # %% ../nbs/04_memory.ipynb #6e353832
@@ -286,7 +287,7 @@ def measure_rows(
     count, exact = text_counter(config.model_name_or_path)
     rows, n = [rows[i] for i in choose_rows(config, len(rows))[0]], len(rows)
     root = Path(config.media_dir or config.dataset_dir)
-    rule = _image_rule(config, s)
+    rule = _image_rule(config)
     found = [_row_length(row, rule, root, count) for row in progress(rows, len(rows), 'measure rows', 'row')]
     totals = sorted(sum(one.values()) for one in found)
     mean = lambda key: round(sum(one[key] for one in found)/len(found))

@@ -401,6 +401,23 @@ def guess_family(
         if (folder/'config.json').is_file(): return read_family(folder)
     return next((f for f in FAMILIES.values() if name in f.models), None)
 
+# %% ../nbs/02_models.ipynb #824f306f
+@patch
+def own_values(self: Family,
+    folder: str|Path|None, # of a model; None when it is not on this machine
+) -> dict: # the published values, changed where the model's processor says otherwise
+    "What the rule asks for, of the model at hand"
+    found = {}
+    for name in ('preprocessor_config.json', 'processor_config.json') if folder else ():
+        whole = read_json_file(Path(folder)/name) if (Path(folder)/name).is_file() else {}
+        found |= whole | (whole.get('image_processor') or {})
+    size, tile = found.get('size') or {}, found.get('max_image_size') or {}
+    names = ('patch_size', 'merge_size', 'temporal_patch_size')
+    own = dict(shortest_edge=found.get('min_pixels') or size.get('shortest_edge'), tile=tile.get('longest_edge'),
+               longest_edge=found.get('max_pixels') or size.get('longest_edge'), tokens=found.get('image_seq_len'),
+               **{name: found.get(name) for name in names})
+    return self.values | {name: value for name, value in own.items() if value and name in self.values}
+
 # %% ../nbs/02_models.ipynb #8fcea511
 def model_rows(
     width: int = 864, # of a page, in pixels

@@ -193,7 +193,7 @@ def load_processor(name: str):
     path, family = resolve_model(name), model_family(name)
     if family.rule not in PROCESSORS:
         ready = [f.name for f in FAMILIES.values() if f.rule in PROCESSORS]
-        raise VlmError(f"'{name}' is of the family {family.name}, whose pictures the native engine cannot prepare", ready,
+        raise VlmError(f"'{name}' is a {family.title}, whose pictures the native engine cannot prepare", ready,
                        f'LLaMA-Factory trains it: template={family.template}' if family.template else None)
     module, _, kind = family.images.partition(':')
     images = getattr(import_module(f'transformers.models.{module}'), kind).from_pretrained(path)
