@@ -803,6 +803,7 @@ def other_runs(
         found[name] = run
     return found
 
+# %% ../nbs/21_compare.ipynb #1bdba824
 def report_folder(
     run: RunFolder,  # has a report folder of its own
     report: str | None,  # another one, which must be new
