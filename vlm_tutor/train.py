@@ -558,6 +558,7 @@ def _finish(watch, base):
     _meet()
     return train_result(run)
 
+# %% ../nbs/18_train.ipynb #3c2be87f
 @contextlib.contextmanager
 def _one_voice():
     "Only the first of several processes speaks"
