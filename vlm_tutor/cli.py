@@ -46,6 +46,8 @@ VERBS |= {
     'compare': ('compare:compare',
         'Show groups side by side: tables with intervals, plots and one page with every receipt'),
     'errors': ('errors:errors', 'Count errors by kind, show the worst receipts, and rank labels to doubt'),
+    'forgetting': ('forgetting:forgetting',
+        'Measure what the training took away: other tasks, before and after, and what brings them back'),
     'robust': ('robust:robust',
         'Measure what the base reads under each augmentation, and whether training on them helps'),
     'merge': ('export:merge',

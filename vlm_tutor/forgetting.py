@@ -114,8 +114,10 @@ def likeness(
     target: str, # the right answer
 ) -> float: # 0 to 1
     "How alike two texts are, character by character"
-    return 1 - float(edit_table([answer.strip()], [target.strip()])[0, 0])/max(len(answer.strip()), len(target.strip()), 1)
+    a, b = answer.strip(), target.strip()
+    return 1 - float(edit_table([a], [b])[0, 0])/max(len(a), len(b), 1)
 
+# %% ../nbs/22b_forgetting.ipynb #a4725567
 def probe_table(
     rows: dict, # {group: rows}, the first is the base
     skills: list, # of each probe, in the order of the rows
@@ -136,7 +138,7 @@ def probe_table(
     return found
 
 # %% ../nbs/22b_forgetting.ipynb #f47f98dc
-def habits(rows: list) -> dict: # trained_form, same_start: shares from 0 to 1; trained_form None where JSON was always wanted
+def habits(rows: list) -> dict: # trained_form (None where JSON was always wanted), same_start: from 0 to 1
     "How often answers have the trained form unasked, and how many begin alike"
     plain = [r for r in rows if read_json(r['truth'], repair=False) is None]
     forms = sum((r['raw'] or '').lstrip().startswith(('{', '[')) for r in plain)
@@ -146,8 +148,9 @@ def habits(rows: list) -> dict: # trained_form, same_start: shares from 0 to 1; 
 # %% ../nbs/22b_forgetting.ipynb #e836da90
 SMALL = .02 # a change of likeness that nobody minds
 
-def verdict(change: float, # of likeness, after minus before
-            ci: list, # its interval, [low, high]
+def verdict(
+    change: float, # of likeness, after minus before
+    ci: list, # its interval, [low, high]
 ) -> str: # forgot, kept, gained or not settled
     "What became of a skill"
     if ci[1] < 0 and change < -SMALL: return 'forgot'
@@ -210,7 +213,7 @@ def scale_adapter(
     about = read_json_file(Path(folder)/ADAPTER_FILES[0])
     if about['peft_type'] != 'LORA' or about.get('use_dora'):
         kind = 'DoRA' if about.get('use_dora') else about['peft_type']
-        raise VlmError(f"a share of the {kind} adapter '{folder}' is not defined", 'Allowed: LoRA, rsLoRA, PiSSA, LoRA+')
+        raise VlmError(f"a share of the {kind} adapter '{folder}' is not defined", ['LoRA', 'rsLoRA', 'PiSSA', 'LoRA+'])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     about['lora_alpha'] *= share

@@ -233,6 +233,7 @@ def switch(
     model, preprocess, base = loaded or load_run_model(config, None, device)
     from peft import PeftModel
     from vlm_tutor.lora import no_chatter
+    name = f'group_{name.encode().hex()}' # PEFT takes no dot, nor the name of a method such as half
     if folder:
         check_base(folder, config.model_name_or_path, base)
         with no_chatter():
