@@ -31,7 +31,8 @@ def test_probes_are_shared_between_the_skills_and_stay_the_same(tmp_path):
     assert [(p.prompt, p.target, p.image.read_bytes()) for p in probes] == [
         (p.prompt, p.target, p.image.read_bytes()) for p in again]
     assert not {p.target for p in make_probes(7, tmp_path / "other", seed=1)} & {p.target for p in probes}
-    assert all(p.target and p.prompt for p in probes) and "{" in probes[3].target and any("\n" in p.target for p in probes)
+    assert all(p.target and p.prompt for p in probes)
+    assert "{" in probes[3].target and any("\n" in p.target for p in probes)
 
 
 def test_rehearsal_never_shows_a_probe(tmp_path):

@@ -47,7 +47,7 @@ VERBS |= {
         'Show groups side by side: tables with intervals, plots and one page with every receipt'),
     'errors': ('errors:errors', 'Count errors by kind, show the worst receipts, and rank labels to doubt'),
     'forgetting': ('forgetting:forgetting',
-        'Measure what the training took away: other tasks, before and after, and what brings them back'),
+        'Measure what training took away: other tasks before and after, and what helps'),
     'robust': ('robust:robust',
         'Measure what the base reads under each augmentation, and whether training on them helps'),
     'merge': ('export:merge',
