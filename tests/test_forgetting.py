@@ -88,11 +88,12 @@ def test_habits_by_hand():
 @pytest.mark.parametrize("change, ci, word", [
     (-.3, [-.4, -.1], "forgot"), (-.01, [-.015, -.005], "kept"), (.1, [.05, .2], "gained"), (0, [-.05, .05], "kept"),
     (-.1, [-.3, .05], "not settled"), (.01, [-.2, .2], "not settled")])
-def test_verdicts(change, ci, word): assert verdict(change, ci) == word
+def test_verdicts(change, ci, word):
+    assert verdict(change, ci, 5) == word and verdict(change, ci, 4) == "too few"
 
 
 def test_remedies_only_when_something_is_gone():
-    config, row = load_config("tiny"), dict(skill="list", change=-.5, ci=[-.6, -.4])
+    config, row = load_config("tiny"), dict(skill="list", change=-.5, ci=[-.6, -.4], n=9)
     assert remedies(config, [row | dict(change=0, ci=[-.01, .01])], "r") == []
     told = "\n".join(remedies(config, [row], "r"))
     for words in ("rehearsal=", "--curve", "learning_rate below 0.004", "lora_rank below 16"): assert words in told
