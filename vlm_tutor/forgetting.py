@@ -159,6 +159,7 @@ def verdict(
     if ci[0] > 0 and change > SMALL: return 'gained'
     return 'kept' if ci[0] > -5*SMALL else 'not settled'
 
+# %% ../nbs/21b_forgetting.ipynb #d394d00e
 def remedies(
     config, # a `Config`
     found: list, # rows of `probe_table` for one group
