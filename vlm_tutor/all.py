@@ -21,6 +21,7 @@ from .errors import errors
 from .extract import Extractor
 from .factory import train
 from .fields import fields
+from .forgetting import forgetting
 from .memory import plan, recommend
 from .methods import methods
 from .models import models
@@ -36,8 +37,8 @@ from .splits import split
 
 # %% ../nbs/27a_all.ipynb #51e8bc0e
 VERB_FUNCTIONS = [doctor, methods, models, show_config, plan, recommend, synth, show,
-                  save_cord_dataset_in_sharegpt_format, save_dataset_in_sharegpt_format, register, check, split,
-                  augment, train, predict, evaluate, fields, compare, errors, robust, serve, bench, quickstart]
+                  save_cord_dataset_in_sharegpt_format, save_dataset_in_sharegpt_format, register, check, split, augment, train, predict, evaluate, fields,
+                  compare, errors, forgetting, robust, serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,
               score, *VERB_FUNCTIONS]
 
