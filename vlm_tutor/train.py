@@ -144,8 +144,10 @@ class Watch:
         engine, # an `Engine`
         before: float = 0, # seconds that earlier parts of this run took
         first: bool = True, # is this the process that writes?
+        report = None, # called with epoch and field F1 at each validation but the last; may raise to end the run
     ):
-        self.run, self.engine, self.before, self.first, self.losses = run, engine, before, first, []
+        self.run, self.engine, self.before, self.first, self.report = run, engine, before, first, report
+        self.losses = []
         self.stop, self.start, self.stopping = StopSignal(), time.perf_counter(), False
         self.judged_at = max((row['step'] for row in events(run, 'validation')), default=None)
         done = engine.steps_done
@@ -188,9 +190,11 @@ def judge(self: Watch,
     f1: float, # field F1 of the sample
     n: int, # rows of the sample
 ):
-    "Log a validation"
+    "Log a validation, and report it while there are steps to come"
     self.write('validation', dict(loss=loss, field_f1=f1, n=n))
     self.judged_at = self.engine.steps_done
+    if self.report and self.engine.steps_done < self.engine.plan['steps']:
+        self.report(self.engine.steps_done/self.engine.plan['steps_per_epoch'], f1)
 
 # %% ../nbs/18_train.ipynb #6b51be6e
 def validation_loss(
@@ -468,6 +472,7 @@ def train(
     config: str, # a preset, a YAML file or a run folder
     device: str = 'auto', # auto, cpu or cuda
     overrides: list = (), # changes as key=value; data=FOLDER names the data set
+    report = None, # called with epoch and field F1 at each validation but the last; may raise to end the run
 ) -> Result: # steps, losses, score, seconds and the folder
     "Fine-tune a model; the same command again goes on, or says that it is done"
     config = load_config(config, overrides)
@@ -484,5 +489,6 @@ def train(
         for key, why in ineffective_keys(config, 'native', there, device): say(f'note  {key} has no effect: {why}')
         loaded = load_run_model(config, None, device)
         watch, rows, judged = _prepare(config, run, device, loaded, data, examples, validation)
+        watch.report = report
         with watch.stop: run_steps(watch, rows, (lambda: _judge(watch, loaded[1], judged)) if len(judged) else None)
         return _finish(watch, loaded[2])
