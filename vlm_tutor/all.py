@@ -32,11 +32,12 @@ from .serve import serve
 from .sharegpt import register, save_cord_dataset_in_sharegpt_format, save_dataset_in_sharegpt_format
 from .sources import load_examples, show
 from .splits import split
+from .sweep import sweep
 
 # %% ../nbs/27a_all.ipynb #51e8bc0e
 VERB_FUNCTIONS = [doctor, methods, show_config, plan, recommend, synth, show, save_cord_dataset_in_sharegpt_format,
-                  save_dataset_in_sharegpt_format, register, check, split, augment, train, predict, evaluate, fields,
-                  compare, errors, robust, serve, bench, quickstart]
+                  save_dataset_in_sharegpt_format, register, check, split, augment, train, sweep, predict, evaluate,
+                  fields, compare, errors, robust, serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,
               score, *VERB_FUNCTIONS]
 

@@ -38,6 +38,8 @@ VERBS |= {
     'pretrain-tiny': ('pretrain:pretrain_tiny',
         'Make the embedded base model again: vision, language, then both (hours on a CPU; resumes)'),
     'train': ('factory:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
+    'sweep': ('sweep:sweep',
+        'Search good settings within a budget; the same command goes on, elsewhere it helps along'),
     'predict': ('predict:predict',
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),
