@@ -11,7 +11,7 @@ __all__ = ['NOT_SEARCHED', 'RANGE', 'SCORES', 'COSTS', 'BLOCK', 'Axis', 'check_a
            'places_left', 'work', 'work_together', 'finished', 'trial_rows', 'test_scores', 'write_best', 'importance',
            'plot_parallel', 'plot_importance', 'plot_cost', 'sweep_result', 'sweep']
 
-# %% ../nbs/20_sweep.ipynb #838c1354
+# %% ../nbs/20_sweep.ipynb #16c15cfc
 import contextlib, json, math, multiprocessing, os, platform, shutil, sqlite3, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ from .sharegpt import dataset_entry, set_entries, sharegpt_record
 from .sources import load_examples
 from .train import data_hash, train, trained_folder
 
-# %% ../nbs/20_sweep.ipynb #25d54e31
+# %% ../nbs/20_sweep.ipynb #c8b7285b
 @dataclass
 class Axis:
     "One key that is searched: its choices, or its range"
@@ -40,7 +40,7 @@ class Axis:
     step: float|None = None # between two values of a range
     def ends(self): return self.choices or (self.low, self.high)
 
-# %% ../nbs/20_sweep.ipynb #beb0b214
+# %% ../nbs/20_sweep.ipynb #d72951af
 NOT_SEARCHED = dict.fromkeys(('dataset', 'eval_dataset', 'dataset_dir', 'media_dir', 'max_samples', 'val_size'),
                              'it decides by which rows trials learn and are judged')
 NOT_SEARCHED |= dict.fromkeys(('output_dir', 'overwrite_output_dir'), 'each trial has a folder of its own')
@@ -56,7 +56,7 @@ def check_axis_name(
     hint = f"Did you mean '{known}'?" if known else nearest(name, [*FIELDS, 'prompt']).strip()
     raise VlmError(f"unknown key '{name}' in sweep.search", remedy=hint or 'vlm config shows all keys')
 
-# %% ../nbs/20_sweep.ipynb #b8fa3e90
+# %% ../nbs/20_sweep.ipynb #d83d88d8
 RANGE = ('from', 'to', 'log', 'step')
 
 def _typed(name, value):
@@ -80,7 +80,7 @@ def _range(name, given):
                                                   'Allowed: from a number above 0, without step')
     return Axis(name, low=low, high=high, log=bool(log), step=step)
 
-# %% ../nbs/20_sweep.ipynb #d4aa1607
+# %% ../nbs/20_sweep.ipynb #930b99fe
 def read_axis(
     name: str, # a key of the configuration, or prompt
     given, # a list of values, or a dict with from, to, and perhaps log or step
@@ -93,7 +93,7 @@ def read_axis(
     raise VlmError(f'{name} in sweep.search is {given!r}', 'Allowed: a list of at least two values, or a range',
                    f'Write {name}: [A, B] or {name}: {{from: A, to: B}}')
 
-# %% ../nbs/20_sweep.ipynb #2b15581e
+# %% ../nbs/20_sweep.ipynb #78cf099e
 SCORES = dict(field_f1='field F1', nted_accuracy='nTED accuracy', exact_match='exact match', valid_json='valid JSON')
 COSTS = dict(minutes='minutes of training', memory='peak memory, MiB', trainable='numbers that are trained')
 BLOCK = dict(search=None, objective='field_f1', trials=20, minutes=None, seed=0, prune=True)
@@ -111,7 +111,7 @@ class Plan:
     alpha_follows: bool # is alpha twice the rank?
     folder: str # where everything goes
 
-# %% ../nbs/20_sweep.ipynb #7277eccf
+# %% ../nbs/20_sweep.ipynb #6c527e60
 def trial_config(
     plan: Plan, # says where to start
     params: dict, # {key: value}, perhaps with a prompt
@@ -128,7 +128,7 @@ def usual_search(
     rate = {'from': config.learning_rate/10, 'to': config.learning_rate*10, 'log': True}
     return dict(learning_rate=rate) | (dict(lora_rank=[4, 8, 16, 32]) if config.finetuning_type in LORA else {})
 
-# %% ../nbs/20_sweep.ipynb #8a362341
+# %% ../nbs/20_sweep.ipynb #50e7cba3
 def _objective(given):
     "A score, and perhaps a cost"
     names = tuple(given) if isinstance(given, list) else (given,)
@@ -151,7 +151,7 @@ def _block(values, trials, minutes):
             raise VlmError(f'{name} is {value!r}', 'Allowed: a number above 0')
     return block
 
-# %% ../nbs/20_sweep.ipynb #a42f42ee
+# %% ../nbs/20_sweep.ipynb #bfa973a6
 def read_plan(
     config: str, # a preset or a YAML file, perhaps with a block sweep
     overrides: list = (), # changes as key=value
@@ -174,12 +174,12 @@ def read_plan(
         for value in axis.ends(): trial_config(plan, {axis.name: value})
     return plan
 
-# %% ../nbs/20_sweep.ipynb #9e0b3ace
+# %% ../nbs/20_sweep.ipynb #9cb1cc00
 def _idle(plan, params, axis):
     "Has a key no effect beside what was drawn?"
     if axis.name == 'prompt': return False
-    probe = next(value for value in reversed(axis.ends()) if value != FIELDS[axis.name].default)
-    try: return axis.name in dict(ineffective_keys(trial_config(plan, params | {axis.name: probe})))
+    def idle(value): return axis.name in dict(ineffective_keys(trial_config(plan, params | {axis.name: value})))
+    try: return any([idle(value) for value in axis.ends() if value != FIELDS[axis.name].default])
     except VlmError: return True # it contradicts the method
 
 def _suggest(trial, axis):
@@ -198,7 +198,7 @@ def draw(
         if not _idle(plan, params, axis): params[axis.name] = _suggest(trial, axis)
     return params
 
-# %% ../nbs/20_sweep.ipynb #b2711134
+# %% ../nbs/20_sweep.ipynb #29bc0b42
 def copy_rows(
     place: str|Path, # the data-set folder to write
     entries: dict, # {name in dataset_info.json: examples}
@@ -212,7 +212,7 @@ def copy_rows(
         name: dataset_entry(f'{name}.json', system=any(e.system for e in examples))
         for name, examples in entries.items()}, force=True)
 
-# %% ../nbs/20_sweep.ipynb #88cbe315
+# %% ../nbs/20_sweep.ipynb #a20655b0
 def entries_of(
     config: Config, # names data set and validation set
 ) -> dict: # {name in dataset_info.json: examples}
@@ -237,7 +237,7 @@ def with_prompt(
                               for name, rows in entries_of(config).items()})
     return replace(config, dataset_dir=str(place), media_dir=None)
 
-# %% ../nbs/20_sweep.ipynb #2fd9ce56
+# %% ../nbs/20_sweep.ipynb #f1bd9810
 def share_features(
     place: Path, # a run folder, perhaps not there yet
     folder: str|Path, # where the features of all runs lie
@@ -255,7 +255,7 @@ def peak_memory() -> float: # MiB
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/20_sweep.ipynb #7799d48d
+# %% ../nbs/20_sweep.ipynb #4ae4c5fe
 @contextlib.contextmanager
 def _told_to(path):
     "What a block prints goes to a file"
@@ -280,7 +280,7 @@ def measure(
     found |= dict(minutes=done['seconds']/60, trainable=done['trainable'])
     return found | (dict(memory=peak_memory()) if 'memory' in plan.objective else {})
 
-# %% ../nbs/20_sweep.ipynb #ed5bd9cb
+# %% ../nbs/20_sweep.ipynb #02e0040c
 def _check_file(path):
     "Refuse a file that another program holds, or that holds something else"
     if not path.exists(): return
@@ -295,7 +295,7 @@ def _check_file(path):
         raise VlmError(f"'{path.name}' is no storage of Optuna: it holds {', '.join(sorted(tables)[:3])}",
                        remedy='Choose another --storage')
 
-# %% ../nbs/20_sweep.ipynb #dbef00e6
+# %% ../nbs/20_sweep.ipynb #39fb5fe6
 def need_optuna():
     "Raise a `VlmError` where Optuna is missing"
     if not find_spec('optuna'): raise VlmError('a sweep needs optuna', remedy="pip install 'vlm_tutor[sweep]'")
@@ -311,7 +311,7 @@ def storage_url(
     _check_file(path)
     return f'sqlite:///{path}'
 
-# %% ../nbs/20_sweep.ipynb #c8fe21c4
+# %% ../nbs/20_sweep.ipynb #946283c2
 def _signature(plan):
     "What tells this sweep from another, wherever it runs"
     places = ('output_dir', 'dataset_dir', 'media_dir', 'use_cpu')
@@ -333,7 +333,7 @@ def _sign(study, now):
     if wrong: raise VlmError(f"study '{study.study_name}' belongs to another sweep. It differs in: {', '.join(wrong)}",
                              remedy='Choose another output_dir, or delete the sweep to start over')
 
-# %% ../nbs/20_sweep.ipynb #a02d07bf
+# %% ../nbs/20_sweep.ipynb #83cf357b
 def open_study(
     plan: Plan, # says the objective
     url: str, # from `storage_url`
@@ -354,7 +354,7 @@ def open_study(
                                 load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
     return study, storage
 
-# %% ../nbs/20_sweep.ipynb #2fb55525
+# %% ../nbs/20_sweep.ipynb #cac68134
 def release(
     study, # of Optuna
     storage, # that keeps it
@@ -373,7 +373,7 @@ def release(
                 found.append(trial.number)
     return found
 
-# %% ../nbs/20_sweep.ipynb #a50f97ec
+# %% ../nbs/20_sweep.ipynb #446b6fed
 def _watcher(trial):
     "Reports field F1 to Optuna while a trial trains, and gives it up when it falls behind"
     import optuna
@@ -384,7 +384,7 @@ def _watcher(trial):
         if trial.should_prune(): raise optuna.TrialPruned()
     return report
 
-# %% ../nbs/20_sweep.ipynb #605bd66a
+# %% ../nbs/20_sweep.ipynb #b7d0e3d2
 class _Stopped(BaseException):
     "Ctrl-C, by a name that Optuna does not take for a failed trial"
 
@@ -408,7 +408,7 @@ def run_trial(
     for name, value in found.items(): trial.set_user_attr(name, value)
     return [found[name] for name in plan.objective]
 
-# %% ../nbs/20_sweep.ipynb #34242f1d
+# %% ../nbs/20_sweep.ipynb #0cc4d233
 def trial_line(
     trial, # of Optuna, finished
     plan: Plan, # says the objective
@@ -419,7 +419,7 @@ def trial_line(
     ends = [f'{name} {show_value(value)}' for name, value in zip(plan.objective, values)]
     return f"trial {trial.number:<3} {'   '.join(ends) or trial.user_attrs.get('error') or 'given up'}   ({words})"
 
-# %% ../nbs/20_sweep.ipynb #1aaf14a6
+# %% ../nbs/20_sweep.ipynb #bcee562d
 def places_left(
     study, # of Optuna
     plan: Plan, # says how many trials
@@ -430,7 +430,7 @@ def places_left(
     begun = sum(t.state in (S.COMPLETE, S.PRUNED, S.RUNNING) or 'error' in t.user_attrs for t in trials)
     return begun < plan.trials or any(t.state == S.WAITING for t in trials)
 
-# %% ../nbs/20_sweep.ipynb #f818e61f
+# %% ../nbs/20_sweep.ipynb #108b4458
 def work(
     plan: Plan, # of the sweep
     url: str, # where the study is kept
@@ -447,9 +447,10 @@ def work(
         except _Stopped: raise KeyboardInterrupt from None
         most = most and most - 1
 
-# %% ../nbs/20_sweep.ipynb #6ca7f6ea
+# %% ../nbs/20_sweep.ipynb #4646cbf0
 def _few_threads(n):
-    "Let a worker use its share of the cores"
+    "Let a worker use its share of the cores, and leave standard output to the caller"
+    sys.stdout = sys.stderr
     os.environ['OMP_NUM_THREADS'] = str(n)
     import torch
     torch.set_num_threads(n)
@@ -471,7 +472,7 @@ def work_together(
                 for _ in range(plan.trials if apart else workers)]
         for job in jobs: job.result()
 
-# %% ../nbs/20_sweep.ipynb #92ce23c3
+# %% ../nbs/20_sweep.ipynb #2b841c19
 def finished(study) -> list: # of Optuna's trials, best score first
     "The trials that were trained to the end"
     from optuna.trial import TrialState
@@ -490,7 +491,7 @@ def trial_rows(
         return dict(trial=t.number, **mark, **dict(zip(plan.objective, t.values)), interval=ci, **t.params)
     return [one(t) for t in trials]
 
-# %% ../nbs/20_sweep.ipynb #3a078caa
+# %% ../nbs/20_sweep.ipynb #79933afa
 def _gain(first, last):
     "Field F1 of the last trial minus the first one's, with a paired interval"
     other = {row['id']: row for row in first}
@@ -516,7 +517,7 @@ def test_scores(
         found[str(trial.number)] = dict(n=scores['n'], field_f1=scores['field_f1'], ci=scores['ci']['field_f1'])
     return found | dict(gain=_gain(*rows.values())) if len(rows) > 1 else found
 
-# %% ../nbs/20_sweep.ipynb #f37d5cdd
+# %% ../nbs/20_sweep.ipynb #9e315176
 def write_best(
     plan: Plan, # of the sweep
     trial, # of Optuna
@@ -529,7 +530,7 @@ def write_best(
     head = f"# Found by vlm sweep, trial {trial.number}: {told} on {trial.user_attrs['n']} validation rows.\n"
     return atomic_write(Path(plan.folder)/'best.yaml', head + yaml.safe_dump(values, sort_keys=False))
 
-# %% ../nbs/20_sweep.ipynb #bf519226
+# %% ../nbs/20_sweep.ipynb #4ffd7810
 def importance(
     study, # of Optuna
     plan: Plan, # says the axes
@@ -543,7 +544,7 @@ def importance(
         found = optuna.importance.get_param_importances(study, evaluator=judge)
     return {name: round(float(value), 4) for name, value in found.items()}
 
-# %% ../nbs/20_sweep.ipynb #7e95ba03
+# %% ../nbs/20_sweep.ipynb #9968d18e
 def _height(axis, value):
     "Where a value stands between the ends of its axis, from 0 to 1"
     if axis.choices: return axis.choices.index(value)/(len(axis.choices) - 1)
@@ -563,7 +564,7 @@ def _tidy(ax, title):
     ax.set_title(title, fontsize=10, loc='left')
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/20_sweep.ipynb #00ddd467
+# %% ../nbs/20_sweep.ipynb #9a479add
 def plot_parallel(
     trials: list, # of Optuna, best first
     plan: Plan, # says the axes
@@ -586,7 +587,7 @@ def plot_parallel(
     ax.set(yticks=[], xlim=(-.2, len(axes) - .5))
     fig.savefig(path)
 
-# %% ../nbs/20_sweep.ipynb #ff63a280
+# %% ../nbs/20_sweep.ipynb #0f108d74
 def plot_importance(
     shares: dict, # from `importance`
     path: str|Path, # the PNG to write
@@ -597,10 +598,10 @@ def plot_importance(
     ax, names = fig.subplots(), list(shares)[::-1]
     ax.barh(names, [shares[name] for name in names], color=COLOURS['finetuned-model'])
     for y, name in enumerate(names): ax.text(shares[name], y, f' {shares[name]:.2f}', va='center', fontsize=8)
-    _tidy(ax, f'What decides whether a trial is good? Most of all {names[-1]}')
+    _tidy(ax, f'What decides? Most of all {names[-1]}')
     fig.savefig(path)
 
-# %% ../nbs/20_sweep.ipynb #3758afeb
+# %% ../nbs/20_sweep.ipynb #2d3dff13
 def plot_cost(
     trials: list, # of Optuna
     plan: Plan, # says the objective
@@ -616,11 +617,11 @@ def plot_cost(
     ax.plot([x for x, *_ in dots], [-y for _, y, _ in dots], 'o', color=COLOURS['vanilla-model'])
     ax.step([x for x, *_ in front], [-y for _, y, _ in front], 'o-', where='post', color=COLOURS['finetuned-model'])
     for x, y, number in front: ax.annotate(f'trial {number}', (x, -y), (4, -10), textcoords='offset points', fontsize=8)
-    ax.set(xlabel=COSTS[cost], ylabel=SCORES[plan.objective[0]], ylim=(0, None))
-    _tidy(ax, 'What does a better score cost? No trial beats the blue ones in both')
+    ax.set(xlabel=COSTS[cost], ylabel=SCORES[plan.objective[0]], ylim=(-.04, None))
+    _tidy(ax, 'What does a better score cost? Blue is beaten by none')
     fig.savefig(path)
 
-# %% ../nbs/20_sweep.ipynb #fe2184e5
+# %% ../nbs/20_sweep.ipynb #bdf93ebf
 def _first(plan):
     "The configuration's own values, where the axes hold them"
     own = {axis.name: getattr(plan.config, axis.name, None) for axis in plan.axes}
@@ -646,7 +647,7 @@ def _draw(study, plan, trials, shares):
     if shares: plot_importance(shares, report/'importance.png')
     return report
 
-# %% ../nbs/20_sweep.ipynb #0322cb3f
+# %% ../nbs/20_sweep.ipynb #7a024f18
 def sweep_result(
     study, # of Optuna
     plan: Plan, # of the sweep
@@ -669,7 +670,7 @@ def sweep_result(
     atomic_write(Path(plan.folder)/'sweep.json', json.dumps(facts, indent=1) + '\n')
     return _told(facts, plan, file, report, compared)
 
-# %% ../nbs/20_sweep.ipynb #9f7687ab
+# %% ../nbs/20_sweep.ipynb #ea6667fb
 def _test_lines(facts, compared):
     "What the test split says"
     test = facts['test']
@@ -695,7 +696,7 @@ def _told(facts, plan, file, report, compared):
     rows, text = facts['trials'][:10], '\n'.join(lines)
     return Result(facts, f'{table(rows)}\n\n{text}', f'{md_table(rows)}\n\n```text\n{text}\n```')
 
-# %% ../nbs/20_sweep.ipynb #0bfe3d1b
+# %% ../nbs/20_sweep.ipynb #c38ec398
 def sweep(
     config: str, # a preset or a YAML file, perhaps with a block sweep
     trials: int|None = None, # at most so many in all, instead of what the file says; 20 when nobody says
