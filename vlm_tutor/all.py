@@ -16,6 +16,7 @@ from .check import check
 from .compare import compare
 from .config import load_config, show_config
 from .core import Example, Result, RunFolder, VlmError, md_table, table
+from .crossval import crossval
 from .doctor import doctor
 from .errors import errors
 from .extract import Extractor
@@ -24,6 +25,8 @@ from .fields import fields
 from .memory import plan, recommend
 from .methods import methods
 from .metrics import evaluate, read_json, score
+
+# %% ../nbs/27a_all.ipynb #040ab124
 from .predict import predict
 from .quickstart import quickstart
 from .receipts import make_receipt, synth
@@ -36,8 +39,8 @@ from .sweep import sweep
 
 # %% ../nbs/27a_all.ipynb #51e8bc0e
 VERB_FUNCTIONS = [doctor, methods, show_config, plan, recommend, synth, show, save_cord_dataset_in_sharegpt_format,
-                  save_dataset_in_sharegpt_format, register, check, split, augment, train, sweep, predict, evaluate,
-                  fields, compare, errors, robust, serve, bench, quickstart]
+                  save_dataset_in_sharegpt_format, register, check, split, augment, train, sweep, crossval, predict,
+                  evaluate, fields, compare, errors, robust, serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,
               score, *VERB_FUNCTIONS]
 

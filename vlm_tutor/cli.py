@@ -40,6 +40,8 @@ VERBS |= {
     'train': ('factory:train', 'Fine-tune an adapter; the same command again goes on, or says that it is done'),
     'sweep': ('sweep:sweep',
         'Search good settings within a budget; the same command goes on, elsewhere it helps along'),
+    'crossval': ('crossval:crossval',
+        'Train without each fold in turn and score what was left out; the same command again goes on'),
     'predict': ('predict:predict',
         'Write down what a model answers on a split; a second call goes on where the first stopped'),
     'evaluate': ('metrics:evaluate', 'Score the predictions of one group, field by field, with intervals'),

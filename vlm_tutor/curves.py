@@ -8,7 +8,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/curves.html.md"""
 __all__ = ['EXPERIMENT', 'curve_files', 'load_curves', 'curve_points', 'point_scores', 'curve_data', 'measure_curves',
            'middle_scores', 'curve_rows', 'curve_of', 'plot_curves', 'curves_result', 'show_curves']
 
-# %% ../nbs/21b_curves.ipynb #6f15bce1
+# %% ../nbs/21b_curves.ipynb #d7b45058
 import json, os
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .sharegpt import save_cord_dataset_in_sharegpt_format
 from .sweep import NOT_SEARCHED, share_features
 from .train import train
 
-# %% ../nbs/21b_curves.ipynb #1393e745
+# %% ../nbs/21b_curves.ipynb #950d128e
 EXPERIMENT = dict(preset='tiny', rows=384, test=40, seeds=3, seed=0, changes={}, vary={}, points={})
 
 def curve_files() -> dict: # name: path
@@ -42,7 +42,7 @@ def load_curves(
             raise VlmError(f'{key} in experiment {path.stem} is {value!r}', f'such as {EXPERIMENT[key]!r}')
     return EXPERIMENT | given | dict(name=path.stem, what=path.read_text().splitlines()[0].lstrip('# '))
 
-# %% ../nbs/21b_curves.ipynb #634653cd
+# %% ../nbs/21b_curves.ipynb #29b5836d
 def curve_points(
     experiment: dict, # from `load_curves`
 ) -> dict: # name: changes of the preset
@@ -59,7 +59,7 @@ def curve_points(
         load_config(experiment['preset'], changes)
     return found
 
-# %% ../nbs/21b_curves.ipynb #3e1ea0f3
+# %% ../nbs/21b_curves.ipynb #8dab99da
 def point_scores(
     run: RunFolder, # of one point
     preset: str, # the middle
@@ -83,7 +83,7 @@ def point_scores(
     atomic_write(file, json.dumps(found) + '\n')
     return found
 
-# %% ../nbs/21b_curves.ipynb #3190fead
+# %% ../nbs/21b_curves.ipynb #b6f48c48
 def curve_data(
     folder: Path, # of the experiment
     experiment: dict, # from `load_curves`
@@ -93,7 +93,7 @@ def curve_data(
         save_cord_dataset_in_sharegpt_format(str(folder/'data'), split=split, n=n, seed=experiment['seed'])
     return folder/'data'
 
-# %% ../nbs/21b_curves.ipynb #d8e2f24a
+# %% ../nbs/21b_curves.ipynb #1e2e566e
 def measure_curves(
     name: str|Path, # one of `curve_files`, or a YAML file
     work: str|Path = '.bench', # where runs go; the same command goes on from there
@@ -112,7 +112,7 @@ def measure_curves(
     return dict(command=f'vlm bench {name}{some}', experiment=experiment['name'], n=experiment['test'], **kept,
                 groups=groups, hardware=hardware, commit=made.pop('commit'), versions=made)
 
-# %% ../nbs/21b_curves.ipynb #e12f9354
+# %% ../nbs/21b_curves.ipynb #b4762297
 def middle_scores(
     record: dict, # from `measure_curves`
 ) -> list: # numbers from 0 to 1
@@ -130,6 +130,7 @@ def curve_rows(
                 'samples': g['samples'], 'seconds': round(g['seconds'])}
     return [one(name, group) for name, group in record['groups'].items()]
 
+# %% ../nbs/21b_curves.ipynb #5cf47ff7
 def curve_of(
     record: dict, # from `measure_curves`
     key: str, # one of its `vary`
@@ -141,7 +142,7 @@ def curve_of(
     found = [(value, group) for value, group in own if group]
     return found if isinstance(found[0][0], str) else sorted(found, key=lambda pair: pair[0])
 
-# %% ../nbs/21b_curves.ipynb #fa309801
+# %% ../nbs/21b_curves.ipynb #62e339a7
 def _draw_curve(ax, record, key):
     "The points of one key over the band of the middle"
     pairs, band = curve_of(record, key), middle_scores(record)
@@ -159,6 +160,7 @@ def _draw_curve(ax, record, key):
     ax.set_title(key, fontsize=9, loc='left')
     ax.spines[['top', 'right']].set_visible(False)
 
+# %% ../nbs/21b_curves.ipynb #79577a11
 def plot_curves(
     record: dict, # from `measure_curves`
     path: str|Path|None = None, # a PNG to write
@@ -175,7 +177,7 @@ def plot_curves(
     if path: fig.savefig(path)
     return fig
 
-# %% ../nbs/21b_curves.ipynb #e50c3ee3
+# %% ../nbs/21b_curves.ipynb #0b85027c
 def curves_result(
     record: dict, # from `measure_curves`
     file: str|Path, # where the record goes

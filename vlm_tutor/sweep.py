@@ -8,10 +8,10 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/sweep.html.md"""
 __all__ = ['NOT_SEARCHED', 'RANGE', 'SCORES', 'COSTS', 'BLOCK', 'Axis', 'check_axis_name', 'read_axis', 'Plan', 'trial_config',
            'usual_search', 'read_plan', 'draw', 'copy_rows', 'entries_of', 'with_prompt', 'share_features',
            'peak_memory', 'measure', 'need_optuna', 'storage_url', 'open_study', 'release', 'run_trial', 'trial_line',
-           'places_left', 'work', 'work_together', 'finished', 'trial_rows', 'test_scores', 'write_best', 'importance',
-           'plot_parallel', 'plot_importance', 'plot_cost', 'sweep_result', 'sweep']
+           'places_left', 'work', 'worker_pool', 'work_together', 'finished', 'trial_rows', 'test_scores', 'write_best',
+           'importance', 'plot_parallel', 'plot_importance', 'plot_cost', 'sweep_result', 'sweep']
 
-# %% ../nbs/20_sweep.ipynb #16c15cfc
+# %% ../nbs/20_sweep.ipynb #9fda5d96
 import contextlib, json, math, multiprocessing, os, platform, shutil, sqlite3, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ from .sharegpt import dataset_entry, set_entries, sharegpt_record
 from .sources import load_examples
 from .train import data_hash, train, trained_folder
 
-# %% ../nbs/20_sweep.ipynb #c8b7285b
+# %% ../nbs/20_sweep.ipynb #f9e7c29a
 @dataclass
 class Axis:
     "One key that is searched: its choices, or its range"
@@ -40,7 +40,7 @@ class Axis:
     step: float|None = None # between two values of a range
     def ends(self): return self.choices or (self.low, self.high)
 
-# %% ../nbs/20_sweep.ipynb #d72951af
+# %% ../nbs/20_sweep.ipynb #4fa52481
 NOT_SEARCHED = dict.fromkeys(('dataset', 'eval_dataset', 'dataset_dir', 'media_dir', 'max_samples', 'val_size'),
                              'it decides by which rows trials learn and are judged')
 NOT_SEARCHED |= dict.fromkeys(('output_dir', 'overwrite_output_dir'), 'each trial has a folder of its own')
@@ -56,7 +56,7 @@ def check_axis_name(
     hint = f"Did you mean '{known}'?" if known else nearest(name, [*FIELDS, 'prompt']).strip()
     raise VlmError(f"unknown key '{name}' in sweep.search", remedy=hint or 'vlm config shows all keys')
 
-# %% ../nbs/20_sweep.ipynb #d83d88d8
+# %% ../nbs/20_sweep.ipynb #59b99c44
 RANGE = ('from', 'to', 'log', 'step')
 
 def _typed(name, value):
@@ -80,7 +80,7 @@ def _range(name, given):
                                                   'Allowed: from a number above 0, without step')
     return Axis(name, low=low, high=high, log=bool(log), step=step)
 
-# %% ../nbs/20_sweep.ipynb #930b99fe
+# %% ../nbs/20_sweep.ipynb #c69600ec
 def read_axis(
     name: str, # a key of the configuration, or prompt
     given, # a list of values, or a dict with from, to, and perhaps log or step
@@ -93,7 +93,7 @@ def read_axis(
     raise VlmError(f'{name} in sweep.search is {given!r}', 'Allowed: a list of at least two values, or a range',
                    f'Write {name}: [A, B] or {name}: {{from: A, to: B}}')
 
-# %% ../nbs/20_sweep.ipynb #78cf099e
+# %% ../nbs/20_sweep.ipynb #17a6d1a2
 SCORES = dict(field_f1='field F1', nted_accuracy='nTED accuracy', exact_match='exact match', valid_json='valid JSON')
 COSTS = dict(minutes='minutes of training', memory='peak memory, MiB', trainable='numbers that are trained')
 BLOCK = dict(search=None, objective='field_f1', trials=20, minutes=None, seed=0, prune=True)
@@ -111,7 +111,7 @@ class Plan:
     alpha_follows: bool # is alpha twice the rank?
     folder: str # where everything goes
 
-# %% ../nbs/20_sweep.ipynb #6c527e60
+# %% ../nbs/20_sweep.ipynb #d6657c9b
 def trial_config(
     plan: Plan, # says where to start
     params: dict, # {key: value}, perhaps with a prompt
@@ -128,7 +128,7 @@ def usual_search(
     rate = {'from': config.learning_rate/10, 'to': config.learning_rate*10, 'log': True}
     return dict(learning_rate=rate) | (dict(lora_rank=[4, 8, 16, 32]) if config.finetuning_type in LORA else {})
 
-# %% ../nbs/20_sweep.ipynb #50e7cba3
+# %% ../nbs/20_sweep.ipynb #76b7beba
 def _objective(given):
     "A score, and perhaps a cost"
     names = tuple(given) if isinstance(given, list) else (given,)
@@ -151,7 +151,7 @@ def _block(values, trials, minutes):
             raise VlmError(f'{name} is {value!r}', 'Allowed: a number above 0')
     return block
 
-# %% ../nbs/20_sweep.ipynb #bfa973a6
+# %% ../nbs/20_sweep.ipynb #2e9d4cdb
 def read_plan(
     config: str, # a preset or a YAML file, perhaps with a block sweep
     overrides: list = (), # changes as key=value
@@ -174,7 +174,7 @@ def read_plan(
         for value in axis.ends(): trial_config(plan, {axis.name: value})
     return plan
 
-# %% ../nbs/20_sweep.ipynb #9cb1cc00
+# %% ../nbs/20_sweep.ipynb #37e6bced
 def _idle(plan, params, axis):
     "Has a key no effect beside what was drawn?"
     if axis.name == 'prompt': return False
@@ -198,7 +198,7 @@ def draw(
         if not _idle(plan, params, axis): params[axis.name] = _suggest(trial, axis)
     return params
 
-# %% ../nbs/20_sweep.ipynb #29bc0b42
+# %% ../nbs/20_sweep.ipynb #ad247d94
 def copy_rows(
     place: str|Path, # the data-set folder to write
     entries: dict, # {name in dataset_info.json: examples}
@@ -212,7 +212,7 @@ def copy_rows(
         name: dataset_entry(f'{name}.json', system=any(e.system for e in examples))
         for name, examples in entries.items()}, force=True)
 
-# %% ../nbs/20_sweep.ipynb #a20655b0
+# %% ../nbs/20_sweep.ipynb #265509c4
 def entries_of(
     config: Config, # names data set and validation set
 ) -> dict: # {name in dataset_info.json: examples}
@@ -237,7 +237,7 @@ def with_prompt(
                               for name, rows in entries_of(config).items()})
     return replace(config, dataset_dir=str(place), media_dir=None)
 
-# %% ../nbs/20_sweep.ipynb #f1bd9810
+# %% ../nbs/20_sweep.ipynb #98199b03
 def share_features(
     place: Path, # a run folder, perhaps not there yet
     folder: str|Path, # where the features of all runs lie
@@ -255,7 +255,7 @@ def peak_memory() -> float: # MiB
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/20_sweep.ipynb #4ae4c5fe
+# %% ../nbs/20_sweep.ipynb #e50581bb
 @contextlib.contextmanager
 def _told_to(path):
     "What a block prints goes to a file"
@@ -280,7 +280,7 @@ def measure(
     found |= dict(minutes=done['seconds']/60, trainable=done['trainable'])
     return found | (dict(memory=peak_memory()) if 'memory' in plan.objective else {})
 
-# %% ../nbs/20_sweep.ipynb #02e0040c
+# %% ../nbs/20_sweep.ipynb #840961a3
 def _check_file(path):
     "Refuse a file that another program holds, or that holds something else"
     if not path.exists(): return
@@ -295,7 +295,7 @@ def _check_file(path):
         raise VlmError(f"'{path.name}' is no storage of Optuna: it holds {', '.join(sorted(tables)[:3])}",
                        remedy='Choose another --storage')
 
-# %% ../nbs/20_sweep.ipynb #39fb5fe6
+# %% ../nbs/20_sweep.ipynb #e1968f5d
 def need_optuna():
     "Raise a `VlmError` where Optuna is missing"
     if not find_spec('optuna'): raise VlmError('a sweep needs optuna', remedy="pip install 'vlm_tutor[sweep]'")
@@ -311,7 +311,7 @@ def storage_url(
     _check_file(path)
     return f'sqlite:///{path}'
 
-# %% ../nbs/20_sweep.ipynb #946283c2
+# %% ../nbs/20_sweep.ipynb #faf091eb
 def _signature(plan):
     "What tells this sweep from another, wherever it runs"
     places = ('output_dir', 'dataset_dir', 'media_dir', 'use_cpu')
@@ -333,7 +333,7 @@ def _sign(study, now):
     if wrong: raise VlmError(f"study '{study.study_name}' belongs to another sweep. It differs in: {', '.join(wrong)}",
                              remedy='Choose another output_dir, or delete the sweep to start over')
 
-# %% ../nbs/20_sweep.ipynb #83cf357b
+# %% ../nbs/20_sweep.ipynb #a3c74a71
 def open_study(
     plan: Plan, # says the objective
     url: str, # from `storage_url`
@@ -354,7 +354,7 @@ def open_study(
                                 load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
     return study, storage
 
-# %% ../nbs/20_sweep.ipynb #cac68134
+# %% ../nbs/20_sweep.ipynb #51be9ff4
 def release(
     study, # of Optuna
     storage, # that keeps it
@@ -373,7 +373,7 @@ def release(
                 found.append(trial.number)
     return found
 
-# %% ../nbs/20_sweep.ipynb #446b6fed
+# %% ../nbs/20_sweep.ipynb #b8fa849b
 def _watcher(trial):
     "Reports field F1 to Optuna while a trial trains, and gives it up when it falls behind"
     import optuna
@@ -384,7 +384,7 @@ def _watcher(trial):
         if trial.should_prune(): raise optuna.TrialPruned()
     return report
 
-# %% ../nbs/20_sweep.ipynb #b7d0e3d2
+# %% ../nbs/20_sweep.ipynb #b8864701
 class _Stopped(BaseException):
     "Ctrl-C, by a name that Optuna does not take for a failed trial"
 
@@ -408,7 +408,7 @@ def run_trial(
     for name, value in found.items(): trial.set_user_attr(name, value)
     return [found[name] for name in plan.objective]
 
-# %% ../nbs/20_sweep.ipynb #0cc4d233
+# %% ../nbs/20_sweep.ipynb #a4dd2c00
 def trial_line(
     trial, # of Optuna, finished
     plan: Plan, # says the objective
@@ -419,7 +419,7 @@ def trial_line(
     ends = [f'{name} {show_value(value)}' for name, value in zip(plan.objective, values)]
     return f"trial {trial.number:<3} {'   '.join(ends) or trial.user_attrs.get('error') or 'given up'}   ({words})"
 
-# %% ../nbs/20_sweep.ipynb #bcee562d
+# %% ../nbs/20_sweep.ipynb #a0221317
 def places_left(
     study, # of Optuna
     plan: Plan, # says how many trials
@@ -430,7 +430,7 @@ def places_left(
     begun = sum(t.state in (S.COMPLETE, S.PRUNED, S.RUNNING) or 'error' in t.user_attrs for t in trials)
     return begun < plan.trials or any(t.state == S.WAITING for t in trials)
 
-# %% ../nbs/20_sweep.ipynb #108b4458
+# %% ../nbs/20_sweep.ipynb #01056c46
 def work(
     plan: Plan, # of the sweep
     url: str, # where the study is kept
@@ -447,7 +447,7 @@ def work(
         except _Stopped: raise KeyboardInterrupt from None
         most = most and most - 1
 
-# %% ../nbs/20_sweep.ipynb #4646cbf0
+# %% ../nbs/20_sweep.ipynb #999d581f
 def _few_threads(n):
     "Let a worker use its share of the cores, and leave standard output to the caller"
     sys.stdout = sys.stderr
@@ -455,6 +455,16 @@ def _few_threads(n):
     import torch
     torch.set_num_threads(n)
 
+def worker_pool(
+    workers: int, # processes
+    fresh: bool = False, # a new process for each job?
+) -> ProcessPoolExecutor:
+    "Processes that share the cores of this machine"
+    threads = int(os.environ.get('OMP_NUM_THREADS') or max(1, os.cpu_count()//workers))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _few_threads, (threads,),
+                               max_tasks_per_child=1 if fresh else None)
+
+# %% ../nbs/20_sweep.ipynb #71a1d573
 def work_together(
     plan: Plan, # of the sweep
     url: str, # where the study is kept
@@ -465,14 +475,12 @@ def work_together(
     until = time.time() + 60*plan.minutes if plan.minutes else math.inf
     apart = 'memory' in plan.objective
     if workers == 1 and not apart: return work(plan, url, device, until)
-    threads = int(os.environ.get('OMP_NUM_THREADS') or max(1, os.cpu_count()//workers))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _few_threads, (threads,),
-                             max_tasks_per_child=1 if apart else None) as pool:
+    with worker_pool(workers, fresh=apart) as pool:
         jobs = [pool.submit(work, plan, url, device, until, 1 if apart else None)
                 for _ in range(plan.trials if apart else workers)]
         for job in jobs: job.result()
 
-# %% ../nbs/20_sweep.ipynb #2b841c19
+# %% ../nbs/20_sweep.ipynb #94168cbb
 def finished(study) -> list: # of Optuna's trials, best score first
     "The trials that were trained to the end"
     from optuna.trial import TrialState
@@ -491,7 +499,7 @@ def trial_rows(
         return dict(trial=t.number, **mark, **dict(zip(plan.objective, t.values)), interval=ci, **t.params)
     return [one(t) for t in trials]
 
-# %% ../nbs/20_sweep.ipynb #79933afa
+# %% ../nbs/20_sweep.ipynb #7f079003
 def _gain(first, last):
     "Field F1 of the last trial minus the first one's, with a paired interval"
     other = {row['id']: row for row in first}
@@ -517,7 +525,7 @@ def test_scores(
         found[str(trial.number)] = dict(n=scores['n'], field_f1=scores['field_f1'], ci=scores['ci']['field_f1'])
     return found | dict(gain=_gain(*rows.values())) if len(rows) > 1 else found
 
-# %% ../nbs/20_sweep.ipynb #9e315176
+# %% ../nbs/20_sweep.ipynb #7fdb1449
 def write_best(
     plan: Plan, # of the sweep
     trial, # of Optuna
@@ -530,7 +538,7 @@ def write_best(
     head = f"# Found by vlm sweep, trial {trial.number}: {told} on {trial.user_attrs['n']} validation rows.\n"
     return atomic_write(Path(plan.folder)/'best.yaml', head + yaml.safe_dump(values, sort_keys=False))
 
-# %% ../nbs/20_sweep.ipynb #4ffd7810
+# %% ../nbs/20_sweep.ipynb #14a4b263
 def importance(
     study, # of Optuna
     plan: Plan, # says the axes
@@ -544,7 +552,7 @@ def importance(
         found = optuna.importance.get_param_importances(study, evaluator=judge)
     return {name: round(float(value), 4) for name, value in found.items()}
 
-# %% ../nbs/20_sweep.ipynb #9968d18e
+# %% ../nbs/20_sweep.ipynb #acc1ef1d
 def _height(axis, value):
     "Where a value stands between the ends of its axis, from 0 to 1"
     if axis.choices: return axis.choices.index(value)/(len(axis.choices) - 1)
@@ -564,7 +572,7 @@ def _tidy(ax, title):
     ax.set_title(title, fontsize=10, loc='left')
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/20_sweep.ipynb #9a479add
+# %% ../nbs/20_sweep.ipynb #45630898
 def plot_parallel(
     trials: list, # of Optuna, best first
     plan: Plan, # says the axes
@@ -587,7 +595,7 @@ def plot_parallel(
     ax.set(yticks=[], xlim=(-.2, len(axes) - .5))
     fig.savefig(path)
 
-# %% ../nbs/20_sweep.ipynb #0f108d74
+# %% ../nbs/20_sweep.ipynb #c54390ed
 def plot_importance(
     shares: dict, # from `importance`
     path: str|Path, # the PNG to write
@@ -601,7 +609,7 @@ def plot_importance(
     _tidy(ax, f'What decides? Most of all {names[-1]}')
     fig.savefig(path)
 
-# %% ../nbs/20_sweep.ipynb #2d3dff13
+# %% ../nbs/20_sweep.ipynb #d526adde
 def plot_cost(
     trials: list, # of Optuna
     plan: Plan, # says the objective
@@ -621,7 +629,7 @@ def plot_cost(
     _tidy(ax, 'What does a better score cost? Blue is beaten by none')
     fig.savefig(path)
 
-# %% ../nbs/20_sweep.ipynb #bdf93ebf
+# %% ../nbs/20_sweep.ipynb #33e08b57
 def _first(plan):
     "The configuration's own values, where the axes hold them"
     own = {axis.name: getattr(plan.config, axis.name, None) for axis in plan.axes}
@@ -647,7 +655,7 @@ def _draw(study, plan, trials, shares):
     if shares: plot_importance(shares, report/'importance.png')
     return report
 
-# %% ../nbs/20_sweep.ipynb #7a024f18
+# %% ../nbs/20_sweep.ipynb #9ec72583
 def sweep_result(
     study, # of Optuna
     plan: Plan, # of the sweep
@@ -670,7 +678,7 @@ def sweep_result(
     atomic_write(Path(plan.folder)/'sweep.json', json.dumps(facts, indent=1) + '\n')
     return _told(facts, plan, file, report, compared)
 
-# %% ../nbs/20_sweep.ipynb #ea6667fb
+# %% ../nbs/20_sweep.ipynb #e4d459ac
 def _test_lines(facts, compared):
     "What the test split says"
     test = facts['test']
@@ -696,7 +704,7 @@ def _told(facts, plan, file, report, compared):
     rows, text = facts['trials'][:10], '\n'.join(lines)
     return Result(facts, f'{table(rows)}\n\n{text}', f'{md_table(rows)}\n\n```text\n{text}\n```')
 
-# %% ../nbs/20_sweep.ipynb #c38ec398
+# %% ../nbs/20_sweep.ipynb #80fa114a
 def sweep(
     config: str, # a preset or a YAML file, perhaps with a block sweep
     trials: int|None = None, # at most so many in all, instead of what the file says; 20 when nobody says
