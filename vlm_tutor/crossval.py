@@ -8,8 +8,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/crossval.html.md"""
 __all__ = ['fold_plan', 'write_folds', 'fold_config', 'run_fold', 'run_folds', 'out_of_fold', 'fold_scores', 'spreads',
            'plot_folds', 'crossval']
 
-# %% ../nbs/20a_crossval.ipynb #b819afc3
-import contextlib, json, math, os, statistics
+# %% ../nbs/20a_crossval.ipynb #d43d33a3
+import contextlib, json, math, os, shutil, statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .splits import check_folds, group_values, make_folds, row_groups
 from .sweep import copy_rows, share_features, worker_pool
 from .train import data_hash, train
 
-# %% ../nbs/20a_crossval.ipynb #640ee184
+# %% ../nbs/20a_crossval.ipynb #5c03669d
 def fold_plan(
     config: Config, # names the data
     folds: int, # how many
@@ -35,7 +35,7 @@ def fold_plan(
     labels = group_values(examples, stratify) if stratify else None
     return examples, validation, make_folds(row_groups(examples, group), labels, folds, config.seed)
 
-# %% ../nbs/20a_crossval.ipynb #13e7a31c
+# %% ../nbs/20a_crossval.ipynb #763b1f8e
 def write_folds(
     folder: Path, # of the cross-validation
     config: Config, # names the data
@@ -62,7 +62,7 @@ def fold_config(
                    max_samples=None, eval_dataset=f'{name}_validation' if validation else None, seed=seed,
                    output_dir=str(folder/f'seed-{seed}'/f'fold-{i}'))
 
-# %% ../nbs/20a_crossval.ipynb #e67a6bb7
+# %% ../nbs/20a_crossval.ipynb #ec0496f0
 def run_fold(
     config: Config, # from `fold_config`
     shared: str, # folder of the cross-validation
@@ -77,9 +77,10 @@ def run_fold(
             train(config, device)
             predict(str(run.path), device=device)
             evaluate(str(run.path))
+            shutil.rmtree(run.path/'checkpoints', ignore_errors=True)
     return str(run.path)
 
-# %% ../nbs/20a_crossval.ipynb #f288136b
+# %% ../nbs/20a_crossval.ipynb #0e17b94c
 def run_folds(
     configs: list, # from `fold_config`
     shared: str, # folder of the cross-validation
@@ -94,7 +95,7 @@ def run_folds(
         jobs = [pool.submit(run_fold, config, shared, device) for config in configs]
         for job in progress(jobs, len(jobs), 'cross-validation', 'run'): job.result()
 
-# %% ../nbs/20a_crossval.ipynb #8d5cd93e
+# %% ../nbs/20a_crossval.ipynb #e87b65f0
 def out_of_fold(
     folder: Path, # of the cross-validation
     seed: int, # of the runs
@@ -112,7 +113,7 @@ def fold_scores(
     found = score(texts, [json.loads(row['truth']) for row in rows])
     return {name: found[name] for name in ('n', 'field_f1', 'nted_accuracy', 'exact_match', 'ci')}
 
-# %% ../nbs/20a_crossval.ipynb #593a20b2
+# %% ../nbs/20a_crossval.ipynb #6d5adff8
 def spreads(
     scores: list, # one list a seed, one number a fold
 ) -> dict: # folds, seeds: standard deviations; seeds is None for one seed
@@ -120,7 +121,7 @@ def spreads(
     def typical(groups): return math.sqrt(statistics.fmean(statistics.variance(group) for group in groups))
     return dict(folds=typical(scores), seeds=typical(zip(*scores)) if len(scores) > 1 else None)
 
-# %% ../nbs/20a_crossval.ipynb #2138a289
+# %% ../nbs/20a_crossval.ipynb #ce3e00d6
 def plot_folds(
     by_seed: dict, # {seed: dict with folds (a list of scores) and pooled}
     path: str|Path, # the PNG to write
@@ -144,7 +145,7 @@ def plot_folds(
     ax.spines[['top', 'right']].set_visible(False)
     fig.savefig(path)
 
-# %% ../nbs/20a_crossval.ipynb #41939335
+# %% ../nbs/20a_crossval.ipynb #ce938aba
 def _same_folds(folder, now):
     "Note how the rows are cut, or refuse another cut"
     file = folder/'folds.json'
@@ -167,7 +168,7 @@ def _check_counts(**counts):
     for name, value in counts.items():
         if value < 1: raise VlmError(f'{name} is {value}', 'Allowed: a whole number from 1')
 
-# %% ../nbs/20a_crossval.ipynb #e3bda5c8
+# %% ../nbs/20a_crossval.ipynb #65cce7e8
 def _result(folder, seeds, folds):
     "Collect answers and scores, draw and keep them"
     by_seed = {str(seed): _collect(folder, seed, folds) for seed in seeds}
@@ -186,7 +187,7 @@ def _score_rows(by_seed):
     return [row(seed, i, one) for seed, found in by_seed.items()
             for i, one in [*enumerate(found['folds']), ('all', found['pooled'])]]
 
-# %% ../nbs/20a_crossval.ipynb #966cfa06
+# %% ../nbs/20a_crossval.ipynb #44103b3f
 def _told(facts):
     "What the verb tells"
     rows = _score_rows(facts['seeds'])
@@ -199,7 +200,7 @@ def _told(facts):
     text = '\n'.join(lines)
     return Result(facts, f'{table(rows)}\n\n{text}', f'{md_table(rows)}\n\n```text\n{text}\n```')
 
-# %% ../nbs/20a_crossval.ipynb #9f62d8d7
+# %% ../nbs/20a_crossval.ipynb #92884863
 def crossval(
     config: str, # a preset, a YAML file or a run folder
     folds: int = 5, # in how many parts the training rows are cut
