@@ -171,9 +171,9 @@ def plot_curves(
     keys = keys or list(record['vary'])
     rows = -(-len(keys)//2)
     fig = Figure(figsize=(7, 2*rows), dpi=130, layout='constrained')
-    axes = fig.subplots(rows, 2, squeeze=False).flat
+    axes = list(fig.subplots(rows, 2, squeeze=False).flat)
     for ax, key in zip(axes, keys): _draw_curve(ax, record, key)
-    for ax in list(axes)[len(keys):]: ax.set_axis_off()
+    for ax in axes[len(keys):]: ax.set_axis_off()
     if path: fig.savefig(path)
     return fig
 
