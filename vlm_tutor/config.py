@@ -395,6 +395,7 @@ def load_config(
     changes = parse_overrides(overrides)
     source = None if isinstance(name, Config) else find_config(name)
     values = read_yaml(source) if source else as_dict(name)
+    values.pop('sweep', None) # what vlm sweep tries in place of these values
     values = {key: to_type(check_key(str(key)), value) for key, value in values.items()}
     folder = changes.pop('data', None)
     if folder: values = _use_data(values, folder, changes)

@@ -278,8 +278,8 @@ def _folders(run, adapters):
     "{group: folder} of the base, the run's own adapter and others"
     found = {'vanilla-model': None, 'finetuned-model': choose_adapter(run, 'finetuned-model')}
     for folder in adapters or ():
-        path = Path(folder)
-        name = path.resolve().parent.name if path.name in ('adapter', 'model') else path.name
+        path = Path(folder).resolve()
+        name = (path.parent if path.name in ('adapter', 'model') else path).name
         if name in found: raise VlmError(f"two adapters would be called '{name}'", remedy='Rename one of the folders')
         found[name] = choose_adapter(run, name, folder)
     return found

@@ -13,6 +13,7 @@ __all__ = ['SAMPLED', 'BEST', 'Rows', 'augmentation_of', 'check_enlarged', 'star
 # %% ../nbs/18_train.ipynb #a4f9f104
 import contextlib, json, os, shutil, signal, threading, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -147,8 +148,10 @@ class Watch:
         engine, # an `Engine`
         before: float = 0, # seconds that earlier parts of this run took
         first: bool = True, # is this the process that writes?
+        report = None, # called with epoch and field F1 at each validation but the last; may raise to end the run
     ):
-        self.run, self.engine, self.before, self.first, self.losses = run, engine, before, first, []
+        self.run, self.engine, self.before, self.first, self.report = run, engine, before, first, report
+        self.losses = []
         self.stop, self.start, self.stopping = StopSignal(), time.perf_counter(), False
         self.judged = events(run, 'validation')
         done = engine.steps_done
@@ -246,6 +249,8 @@ def judge(self: Watch,
     self.judged.append(row)
     best = self.first and best_validation(self.judged, c.metric_for_best_model) is row
     if c.load_best_model_at_end and best: keep_best(self.engine, self.run)
+    if self.report and self.engine.steps_done < self.engine.plan['steps']:
+        self.report(self.engine.steps_done/self.engine.plan['steps_per_epoch'], found['field_f1'])
 
 @patch(as_prop=True)
 def enough(self: Watch) -> bool:
@@ -574,9 +579,9 @@ def _judge(watch, preprocess, learned, rows):
     model, n = watch.engine.model, watch.engine.config.eval_score_samples
     own = [example for example in learned.examples if not example.id.startswith(REHEARSED)]
     sample, known = rows.examples[:n], own[:min(n, len(rows))]
-    loss = validation_loss(watch.engine, rows)
     train = sample_scores(model, preprocess, known, None if learned.augmentation else learned.features)
-    return dict(loss=loss, n=len(sample), **sample_scores(model, preprocess, sample, rows.features),
+    found = sample_scores(model, preprocess, sample, rows.features)
+    return dict(loss=validation_loss(watch.engine, rows), n=len(sample), **found,
                 **{f'train_{name}': value for name, value in train.items()})
 
 # %% ../nbs/18_train.ipynb #757240a3
@@ -584,6 +589,7 @@ def train(
     config: str, # a preset, a YAML file or a run folder
     device: str = 'auto', # auto, cpu or cuda
     overrides: list = (), # changes as key=value; data=FOLDER names the data set
+    report = None, # called with epoch and field F1 at each validation but the last; may raise to end the run
 ) -> Result: # steps, losses, score, seconds and the folder
     "Fine-tune a model; the same command again goes on, or says that it is done"
     config = load_config(config, overrides)
@@ -601,6 +607,6 @@ def train(
         for key, why in ineffective_keys(config, 'native', there, device): say(f'note  {key} has no effect: {why}')
         loaded = load_run_model(config, None, device)
         watch, rows, judged = _prepare(config, run, device, loaded, data, examples, validation)
-        def judge(): return _judge(watch, loaded[1], rows, judged)
-        with watch.stop: run_steps(watch, rows, judge if len(judged) else None)
+        watch.report, judge = report, partial(_judge, watch, loaded[1], rows, judged) if len(judged) else None
+        with watch.stop: run_steps(watch, rows, judge)
         return _finish(watch, loaded[2])
