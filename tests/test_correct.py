@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
+from cord import shop_heads
+from vlm_tutor.config import load_config
 from vlm_tutor.core import RunFolder, VlmError, read_jsonl, write_jsonl
 from vlm_tutor.correct import *
-from vlm_tutor.correct import _items
+from vlm_tutor.correct import _items, _token_losses
+from vlm_tutor.crossval import crossval
 from vlm_tutor.examples import SCHEMAS
 from vlm_tutor.metrics import flatten
+from vlm_tutor.predict import load_run_model, split_examples
 from vlm_tutor.receipts import make_examples
 from vlm_tutor.sharegpt import write_splits
 from vlm_tutor.sources import compact_json, load_examples
@@ -85,6 +89,27 @@ def test_review_finds_the_planted_label_and_knows_the_right_one(run, data):
                            why="read otherwise by vanilla-model, finetuned-model", correction="")
     assert proposal(right.replace(f'"{total}"', '"77,777"'), found["doubts"]) is not None
     with pytest.raises(VlmError, match="no receipt of split 'test'"): review(str(run.path), split="test")
+
+
+def test_losses_of_labels_by_models_that_did_not_see_them(tmp_path):
+    words = [f"data={shop_heads(tmp_path, train=6, test=2)}", f"output_dir={tmp_path}/runs/cv", "eval_dataset=null",
+             "val_size=0", "max_steps=1", "per_device_train_batch_size=4", "plot_loss=false", "eval_strategy=no"]
+    run = RunFolder.open(crossval("tiny", folds=2, overrides=words)["folder"])
+    found = {row["id"]: row for row in label_losses(run)}
+    rows = {e.id: e for e in load_examples(tmp_path / "shops", "train")}
+    assert set(found) == set(rows)
+    assert all(row["path"] == "shop" and row["label"] == rows[name].truth["shop"] for name, row in found.items())
+    for one, split in fold_runs(run):
+        config = load_config(one.path)
+        model, preprocess, _ = load_run_model(config, one.adapter)
+        for example in split_examples(config, split):
+            batch = preprocess.collate([preprocess.encode(example)])
+            losses = _token_losses(model, preprocess, example)[1]
+            assert abs(sum(losses)/len(losses) - model(**batch).loss.item()) < 1e-4
+            assert found[example.id]["loss"] <= max(losses) + 1e-3
+    told = review(str(run.path), losses=True)
+    assert told["n"] == len({doubt["id"] for doubt in told["doubts"]}) >= 1
+    assert all("seed-42" in doubt["why"] or "loss" in doubt["why"] for doubt in told["doubts"])
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -210,10 +210,11 @@ def _about_label(item):
 
 def _controls(item):
     "The box with the label, the place for a complaint, and buttons"
-    words = dict(accept='Label is right') | ({'take': 'Take what was read'} if item['proposal'] else {})
+    words = dict(accept='Label is right', take='Take what was read', correct='Save correction')
+    if not item['proposal']: del words['take']
     box = {'spellcheck': 'false', 'autocomplete': 'off', 'aria-label': f"label of {item['id']}"}
     return [tag('textarea', box, spread_json(item['label'])), tag('p', {'class': 'wrong', 'role': 'alert'}),
-            *(tag('button', {'data-do': what}, said) for what, said in (words | dict(correct='Save correction')).items())]
+            *(tag('button', {'data-do': what}, said) for what, said in words.items())]
 
 # %% ../nbs/22b_correct.ipynb #f51b764f
 def review_article(
