@@ -6,8 +6,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/correct.html.md"""
 
 # %% auto #0
 __all__ = ['REVIEW_STYLE', 'SCRIPT', 'value_spans', 'spread_json', 'change_value', 'value_losses', 'fold_runs', 'label_losses',
-           'loss_suspects', 'label_doubts', 'proposal', 'review_article', 'review_page', 'next_version', 'review_csv',
-           'review', 'read_decisions', 'mended', 'correct']
+           'loss_suspects', 'sum_suspects', 'label_doubts', 'proposal', 'review_article', 'review_page', 'next_version',
+           'review_csv', 'review', 'read_decisions', 'mended', 'correct']
 
 # %% ../nbs/22b_correct.ipynb #b6bb78c4
 import csv, io, json, re
@@ -20,8 +20,9 @@ from .compare import common_rows, find_groups
 from .config import load_config
 from .core import (Result, RunFolder, VlmError, atomic_write, check_choice, content_hash, progress,
                             read_json_file, read_jsonl, table, write_jsonl)
-from .errors import needed_groups, suspect_labels
+from .errors import needed_groups, sums_wrong, suspect_labels
 from .examples import saved_schema
+from .fields import LOCALES
 from .predict import choose_adapter, load_run_model, split_examples
 from .report import Markup, image_data_url, tag, whole_page
 from .sharegpt import write_splits
@@ -154,20 +155,30 @@ def loss_suspects(
     low, high = np.percentile([row['loss'] for row in losses], [25, 75])
     return sorted((row for row in losses if row['loss'] > high + 1.5*(high - low)), key=lambda row: -row['loss'])
 
+# %% ../nbs/22b_correct.ipynb #bc5c1d7e
+def sum_suspects(
+    examples: list, # `Example`s
+    locale: str = 'id', # one of `LOCALES`: how numbers are written
+) -> list: # pairs: id, what does not add up
+    "Labels whose sums do not come out"
+    return [(e.id, why) for e in examples for why in sums_wrong(e.truth, locale)[:1]]
+
 # %% ../nbs/22b_correct.ipynb #371fddb8
-def _told(suspects, losses):
-    "Doubts as two lists of (id, doubt)"
+def _told(suspects, losses, sums):
+    "Doubts as three lists of (id, doubt)"
     def doubt(one, says, why): return one['id'], dict(path=one['path'], label=one['label'], says=says, why=why)
     return [[doubt(s, s['agreed'], f"read otherwise by {', '.join(s['groups'])}") for s in suspects],
-            [doubt(s, s['likely'], f"loss {s['loss']:.1f}") for s in losses]]
+            [doubt(s, s['likely'], f"loss {s['loss']:.1f}") for s in losses],
+            [(name, dict(path='', label='', says='', why=why)) for name, why in sums]]
 
 def label_doubts(
     suspects: list, # from `suspect_labels`
     losses: list, # from `loss_suspects`
+    sums: list = (), # pairs of id and what does not add up, from `sum_suspects`
 ) -> dict: # {id: dicts with path, label, says, why}, most doubtful first
     "All doubts about each label"
     found, ranks = {}, {}
-    for k, witness in enumerate(_told(suspects, losses)):
+    for k, witness in enumerate(_told(suspects, losses, sums)):
         for rank, (name, doubt) in enumerate(witness):
             found.setdefault(name, []).append(doubt)
             ranks.setdefault(name, {}).setdefault(k, rank/len(witness))
@@ -205,8 +216,8 @@ button{font:inherit;padding:.3rem .7rem;margin:.3rem .4rem .3rem 0}
 
 def _about_label(item):
     "What is doubted, as a list"
-    return tag('ul', {}, *(tag('li', {}, tag('code', {}, one['path']), f" {one['label'] or '–'} → {one['says'] or '–'} "
-                                         f"({one['why']})") for one in item['doubts']))
+    def line(one): return f" {one['label'] or '–'} → {one['says'] or '–'} ({one['why']})" if one['path'] else one['why']
+    return tag('ul', {}, *(tag('li', {}, tag('code', {}, one['path']), line(one)) for one in item['doubts']))
 
 def _controls(item):
     "The box with the label, the place for a complaint, and buttons"
@@ -327,18 +338,22 @@ def _review_result(run, items, page, sheet):
                       *([table(doubts[:8])] if doubts else []), '', *tail])
     return Result(dict(n=len(items), doubts=doubts, page=str(page), list=str(sheet)), text)
 
+# %% ../nbs/22b_correct.ipynb #693b372d
 def review(
     run: str, # run folder with predictions, or of a cross-validation
     groups: list = None, # names such as vanilla-model finetuned-model; all of them when left out
     split: str = 'train', # train, validation or test
     losses: bool = False, # also ask the trained model how much each label surprises it
+    locale: str = 'id', # en, de, fr, ch or id: how numbers are written, for the sums
     device: str = 'auto', # auto, cpu or cuda, for the losses
 ) -> Result: # n, doubts, and where page and list lie
     "Write a page on which you accept or correct the labels to doubt, and the same as a CSV file"
     run = RunFolder.open(run)
     check_choice('split', split, ('train', 'validation', 'test'))
-    suspects = _suspects(run, groups, split, losses)
-    items = _items(run, split, label_doubts(suspects, loss_suspects(label_losses(run, split, device)) if losses else []))
+    check_choice('locale', locale, LOCALES)
+    suspects, high = _suspects(run, groups, split, losses), label_losses(run, split, device) if losses else []
+    sums = sum_suspects(split_examples(load_config(run.path), split), locale)
+    items = _items(run, split, label_doubts(suspects, loss_suspects(high), sums))
     run.report.mkdir(parents=True, exist_ok=True)
     page = atomic_write(run.report/'review.html', review_page(f'{len(items)} labels to doubt', items))
     sheet = atomic_write(run.report/'review.csv', review_csv(items))
