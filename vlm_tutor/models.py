@@ -431,10 +431,9 @@ def model_rows(
 @patch
 def facts(self: Family) -> dict: # label: text
     "What a reader wants to know about a family, in order"
-    names = f'model.{self.tower}, model.{self.merger}, model.{self.language}'
     return {'model_type': ', '.join(self.types), 'models': ', '.join(self.models), 'licence': self.licence,
-            'tower, merger, language model': names, 'LoRA beside': self.targets,
-            'whole in quantisation': ', '.join(self.skip), 'image rule': f'{self.rule} {self.values}',
+            'tower, merger, language model': f'model.{self.tower}, model.{self.merger}, model.{self.language}',
+            'LoRA beside': self.targets, 'whole in quantisation': ', '.join(self.skip), 'image rule': f'{self.rule} {self.values}',
             'published in': self.source, 'rule tested': self.why_untested or f'against {self.images.split(":")[1]}',
             'a turn begins': self.chat, 'LLaMA-Factory template': self.template or 'none',
             'native engine': 'trains' if self.trains else 'not tested on this family'}
