@@ -433,9 +433,9 @@ def facts(self: Family) -> dict: # label: text
     "What a reader wants to know about a family, in order"
     return {'model_type': ', '.join(self.types), 'models': ', '.join(self.models), 'licence': self.licence,
             'tower, merger, language model': f'model.{self.tower}, model.{self.merger}, model.{self.language}',
-            'LoRA beside': self.targets, 'whole in quantisation': ', '.join(self.skip), 'image rule': f'{self.rule} {self.values}',
-            'published in': self.source, 'rule tested': self.why_untested or f'against {self.images.split(":")[1]}',
-            'a turn begins': self.chat, 'LLaMA-Factory template': self.template or 'none',
+            'LoRA beside': self.targets, 'whole in quantisation': ', '.join(self.skip), 'published in': self.source,
+            'image rule': f'{self.rule} {self.values}', 'a turn begins': self.chat,
+            'rule tested': self.why_untested or f'against {self.images.split(":")[1]}', 'LLaMA-Factory template': self.template or 'none',
             'native engine': 'trains' if self.trains else 'not tested on this family'}
 
 # %% ../nbs/02_models.ipynb #dfb89e97

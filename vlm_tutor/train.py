@@ -204,7 +204,7 @@ def check_judged(
     "Raise a `VlmError` when the best evaluation is asked for and there is nothing to evaluate"
     for name in ('load_best_model_at_end', 'early_stopping_patience'):
         if getattr(config, name) and not validation:
-            raise VlmError(f'{name} needs validation rows, and there are none', remedy='Set eval_dataset or val_size=0.1')
+            raise VlmError(f'{name} needs validation rows, and there are none', remedy='Set eval_dataset or val_size')
 
 def evaluations_since(
     judged: list, # rows of the log, from `events`
