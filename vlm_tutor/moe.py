@@ -11,6 +11,8 @@ __all__ = ['small_moe_config', 'build_small_moe', 'save_small_moe', 'expert_stac
 # %% ../nbs/16_moe.ipynb #3a0562d5
 import torch
 
+from transformers.utils import logging as hf_logging
+
 from .core import VlmError
 from .lora import decoder
 from .tiny import build_processor, save_tiny
@@ -56,6 +58,7 @@ def save_small_moe(
     seed: int = 0, # of the random weights
 ):
     "Write the small mixture as a checkpoint, to try `vlm train` on"
+    hf_logging.disable_progress_bar()
     processor = build_processor()
     save_tiny(build_small_moe(small_moe_config(processor.tokenizer), seed), processor, folder)
 
@@ -131,6 +134,7 @@ def plot_expert_use(
             grey = str(.3 + .5*i/max(1, layers - 1))
             ax.bar(range(experts), one, bottom=use[:i].sum(0)/layers, color=grey, label=f'layer {i}')
         ax.axhline(1/experts, color='black', lw=.8, ls=':')
+        ax.text(experts - .5, 1/experts, 'even', fontsize=8, ha='right', va='bottom')
         ax.set(title=name, xlabel='expert')
         ax.spines[['top', 'right']].set_visible(False)
     axes[0].set_ylabel('share of the work')
