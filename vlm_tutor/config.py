@@ -228,7 +228,6 @@ def _method_rules(c):
     yield word == 'freeze' and c.freeze_language_model, f'{named} and freeze_language_model=true contradict each other'
     yield word in SOFT and c.torch_compile, f'torch_compile does not go with {named}'
     yield word == 'ia3' and c.freeze_language_model, f'{named} and freeze_language_model=true contradict each other'
-    yield word in SOFT and c.moe_aux_loss_coef, f'moe_aux_loss_coef balances a router; {named} leaves all weights alone'
     told = f'{named} cannot go on from adapter_name_or_path'
     yield word in WEIGHTS and c.adapter_name_or_path, f'{told}. Name a model folder in model_name_or_path'
     yield word == 'p_tuning' and c.adapter_name_or_path, f'{told}: its network is not kept. Take prompt'
@@ -245,6 +244,8 @@ def _expert_rules(c):
     if not words: asked = f'moe_aux_loss_coef={c.moe_aux_loss_coef}'
     yield family and not family.experts, f'{asked} needs a model with experts; {family and family.title} has none. ' \
         'Leave it out, or take one such as Qwen/Qwen3-VL-30B-A3B-Instruct'
+    told = f'moe_aux_loss_coef balances a router; finetuning_type={c.finetuning_type} leaves all weights alone'
+    yield c.finetuning_type in SOFT and c.moe_aux_loss_coef, told
     for name, why in WITHOUT.items() if words else ():
         value = method_keys(c).get(name, getattr(c, name))
         yield value, f'{name}={yaml_value(value)} and {asked} contradict each other: experts and router are weights, ' \
@@ -511,9 +512,10 @@ def _native_idle(c, device):
     reasons |= _method_idle(c)
     return [(name, why) for name, why in reasons.items() if why and getattr(c, name) != FIELDS[name].default]
 
+# %% ../nbs/03_config.ipynb #fadf89ff
 def _factory_idle(c):
     "Pairs (key, why it has no effect) in LLaMA-Factory"
-    if c.moe_aux_loss_coef: yield 'moe_aux_loss_coef', 'LLaMA-Factory sets it for text models only'
+    if c.moe_aux_loss_coef: yield 'moe_aux_loss_coef', 'LLaMA-Factory does not hand it to this family'
     if not c.freeze_multi_modal_projector and c.lora_target == 'all':
         yield 'freeze_multi_modal_projector', 'with lora_target all LLaMA-Factory leaves the projector as it is'
     if isinstance(c.max_samples, float): yield 'max_samples', 'LLaMA-Factory takes whole numbers only'

@@ -84,10 +84,8 @@ class PlainLoss:
         model, # a VLM, perhaps with an adapter
         preprocess, # a `Preprocess`
         sparse: bool = True, # logits at supervised positions only?
-        balance: float|None = None, # weight of the loss that balances experts, while it trains
-    ):
-        self.model, self.preprocess, self.sparse, self.memory, self.balance = model, preprocess, sparse, 'keep', balance
-        if balance: model.config.text_config.router_aux_loss_coef = balance
+        balance: bool = False, # add the loss that balances experts, while it trains?
+    ): self.model, self.preprocess, self.sparse, self.memory, self.balance = model, preprocess, sparse, 'keep', balance
 
     def __call__(self, rows):
         batch = self.preprocess.collate(rows)
@@ -158,9 +156,10 @@ def choose_loss(
     if not config.lean_forward: reason = 'lean_forward is off'
     else: reason = f'{kernels} works on the layers as they are' if kernels else why_not_lean(model)
     if not reason: return LeanLoss(model, config.flash_attn), None
+    if config.moe_aux_loss_coef: model.config.text_config.router_aux_loss_coef = float(config.moe_aux_loss_coef)
     if config.torch_compile:
         for layer in decoder(model).layers: layer.compile(dynamic=True)
-    return PlainLoss(model, preprocess, config.answer_only_logits, config.moe_aux_loss_coef), reason
+    return PlainLoss(model, preprocess, config.answer_only_logits, bool(config.moe_aux_loss_coef)), reason
 
 # %% ../nbs/17a_engine.ipynb #5f6fdbdc
 def rate_groups(

@@ -38,7 +38,7 @@ def small_moe_config(
     return Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
                             **{f'{name}_token_id': ids(word) for name, word in named.items()})
 
-# %% ../nbs/16_moe.ipynb #38f12d92
+# %% ../nbs/16_moe.ipynb #0297c5e5
 @torch.no_grad()
 def build_small_moe(
     config, # from `small_moe_config`
@@ -62,7 +62,7 @@ def save_small_moe(
     processor = build_processor()
     save_tiny(build_small_moe(small_moe_config(processor.tokenizer), seed), processor, folder)
 
-# %% ../nbs/16_moe.ipynb #2456de76
+# %% ../nbs/16_moe.ipynb #f3a16071
 def expert_stacks(
     model, # a VLM, perhaps with an adapter
 ) -> list: # modules, one a layer that has experts
@@ -75,7 +75,7 @@ def expert_stacks(
         found[i] = stack
     return found
 
-# %% ../nbs/16_moe.ipynb #be506564
+# %% ../nbs/16_moe.ipynb #9a23bef7
 def count_experts(
     model, # a VLM without an adapter, perhaps on the meta device
 ) -> dict: # total, experts, active, share (active of total)
@@ -86,7 +86,7 @@ def count_experts(
     active = total - experts + sum(p.numel()//len(p)*used for p in weights)
     return dict(total=total, experts=experts, active=active, share=active/total)
 
-# %% ../nbs/16_moe.ipynb #994395a7
+# %% ../nbs/16_moe.ipynb #a0729b23
 @torch.no_grad()
 def expert_use(
     model, # a VLM, perhaps with an adapter
@@ -106,7 +106,7 @@ def expert_use(
     total = torch.stack(counts).view(len(rows), len(stacks), -1).sum(0).float()
     return total/total.sum(1, keepdim=True)
 
-# %% ../nbs/16_moe.ipynb #396e0d55
+# %% ../nbs/16_moe.ipynb #c85bd78d
 def balance_loss(
     scores: list, # of the routers, one tensor (tokens × experts) a layer
     used: int, # experts a token passes
@@ -120,7 +120,7 @@ def balance_loss(
     chosen = torch.zeros_like(shares).scatter(1, shares.topk(used, -1).indices, 1.)
     return shares.shape[1]*(chosen.mean(0)*shares.mean(0)).sum()
 
-# %% ../nbs/16_moe.ipynb #844948a8
+# %% ../nbs/16_moe.ipynb #a49d1ce2
 def plot_expert_use(
     uses: dict, # name: what `expert_use` found
 ): # a figure
