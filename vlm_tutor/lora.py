@@ -80,10 +80,11 @@ def lora_targets(
     names = [name for name, part in linear_layers(model).items() if part in parts]
     there, words = sorted({name.rsplit('.', 1)[1] for name in names}), target_words(config)
     asked = there if 'all' in words else [word for word in words if word not in EXPERTS]
+    mixed = EXPERTS if any('mlp.experts' in name for name, _ in model.named_parameters()) else ()
     for word in words:
         if word not in (*there, 'all', *EXPERTS):
-            raise VlmError(f"lora_target '{word}' names no layer of {' and '.join(parts)}", ['all', *there, *EXPERTS],
-                           nearest(word, [*there, *EXPERTS]).strip() or None)
+            raise VlmError(f"lora_target '{word}' names no layer of {' and '.join(parts)}", ['all', *there, *mixed],
+                           nearest(word, [*there, *mixed]).strip() or None)
     picked = [name for name in names if name.rsplit('.', 1)[1] in asked]
     return '|'.join(dict.fromkeys(re.sub(r'\.\d+\\\.', r'.\\d+\\.', re.escape(name)) for name in picked))
 
