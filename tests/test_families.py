@@ -1,5 +1,5 @@
 """The same code path for small models of each family that trains: losses, steps, save and load, answers, resume."""
-import dataclasses, re, shutil
+import dataclasses, json, re, shutil
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from vlm_tutor.collate import Preprocess, image_size
 from vlm_tutor.config import load_config
 from vlm_tutor.core import RunFolder, VlmError, read_jsonl
 from vlm_tutor.engine import choose_loss, rest_tower
+from vlm_tutor.export import merge
 from vlm_tutor.features import Features, why_not_kept
 from vlm_tutor.lean import answer_only, why_not_lean
 from vlm_tutor.lora import build_adapter, count_trainable, linear_layers
@@ -300,3 +301,21 @@ def test_a_family_without_a_test_is_announced(data, folder, tmp_path, capsys, mo
     monkeypatch.setitem(models.FAMILIES, "qwen2_vl", row)
     train("tiny", overrides=options(data, folder("qwen2_vl"), tmp_path/"run", max_steps=1))
     assert "no small Qwen2-VL is in our tests" in capsys.readouterr().out
+
+
+@each
+def test_merged_it_is_a_folder_like_any_other(runs, kind):
+    "The merge checks its own answers; here its folder is loaded with nothing of ours but the processor"
+    run = runs(kind)
+    merge(str(run.path), out=str(run.path/"whole"))
+    assert json.loads((run.path/"whole/config.json").read_text())["model_type"] == kind
+    from transformers import AutoModelForImageTextToText
+    config = load_config(run.config_file)
+    beside, preprocess, _ = load_run_model(config, run.adapter)
+    whole = AutoModelForImageTextToText.from_pretrained(run.path/"whole").eval()
+    again = Preprocess(load_processor(str(run.path/"whole")))
+    examples = split_examples(config, "validation")
+    with torch.no_grad():
+        wanted = plain_loss(beside, preprocess, [preprocess.encode(e) for e in examples])
+        found = plain_loss(whole, again, [again.encode(e) for e in examples])
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)

@@ -185,3 +185,14 @@ def test_the_verb_lists_and_shows():
 def test_size_tokens_is_the_rule_of_the_checks():
     from vlm_tutor.memory import size_tokens as planner
     assert planner is size_tokens
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(model_name_or_path="Qwen/Qwen3-VL-2B-Instruct"), "write template=qwen3_vl_nothink"),
+    (dict(model_name_or_path="HuggingFaceTB/SmolVLM2-2.2B-Instruct"), "LLaMA-Factory has no template for SmolVLM"),
+    (dict(model_name_or_path="Qwen/Qwen3-VL-2B-Instruct", template="qwen3_vl"), None), (dict(), None)])
+def test_llama_factory_is_not_handed_another_familys_template(given, said):
+    from vlm_tutor.config import load_config
+    from vlm_tutor.factory import check_factory
+    if said is None: return check_factory(load_config("cord", given))
+    with pytest.raises(VlmError, match=said): check_factory(load_config("cord", given))

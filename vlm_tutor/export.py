@@ -162,7 +162,7 @@ def write_model(
     preprocess.processor.image_processor.size = preprocess.size
     save_tiny(model.to(DTYPES[dtype]), preprocess.processor, folder)
     files = base_files(base)
-    for pattern in ('LICENSE*', 'NOTICE*'):
+    for pattern in ('LICENSE*', 'NOTICE*', 'video_preprocessor_config.json'):
         for file in files.glob(pattern) if files else (): shutil.copy(file, folder/file.name)
 
 # %% ../nbs/23_export.ipynb #9dd7f20f

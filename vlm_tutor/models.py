@@ -458,8 +458,9 @@ def models(
         return Result(data, text, md_table(rows))
     f, facts = find_family(name), find_family(name).facts()
     facts['tokens of a page'] = f'{f.seen(width, height).tokens} for {width} × {height}'
+    after = f'vlm train cord model_name_or_path={f.models[0]}' if f.trains else 'vlm models'
     space = max(map(len, facts)) + 2
     lines = [f'{label:<{space}}{text}' for label, text in facts.items()]
-    text = '\n'.join([f.title, '', *lines, '', f'next  vlm recommend --model {f.models[0]} --help'])
+    text = '\n'.join([f.title, '', *lines, '', f'next  {after}'])
     told = md_table([{f.title: label, f.name: value} for label, value in facts.items()])
     return Result(asdict(f) | f.seen(width, height)._asdict(), text, told)

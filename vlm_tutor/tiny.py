@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, SmolVLMProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging as hf_logging
 from .core import ASSETS, VlmError, atomic_write
@@ -158,12 +159,14 @@ def save_tiny(
     folder = Path(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    kind = model.config.model_type
     for name in ('processor_config.json', 'tokenizer_config.json'):
         if (f := folder / name).exists():
-            _write_json(f, json.loads(f.read_text()) | dict(processor_class='Qwen2VLProcessor'))
+            _write_json(f, json.loads(f.read_text()) | dict(processor_class=PROCESSOR_MAPPING_NAMES[kind]))
     names = ('patch_size', 'merge_size', 'temporal_patch_size', 'image_mean', 'image_std')
-    _write_json(folder / 'video_preprocessor_config.json', dict(
-        video_processor_type='Qwen2VLVideoProcessor', **{n: getattr(processor.image_processor, n) for n in names}))
+    if kind in ('qwen2_vl', 'qwen2_5_vl'):
+        _write_json(folder / 'video_preprocessor_config.json', dict(
+            video_processor_type='Qwen2VLVideoProcessor', **{n: getattr(processor.image_processor, n) for n in names}))
     for f in folder.iterdir(): f.chmod(0o644)
 
 # %% ../nbs/12_tiny.ipynb #9b20c300
