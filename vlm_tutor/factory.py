@@ -50,7 +50,8 @@ def _wrong_template(config):
     if not family or config.template == family.template: return ''
     if not family.template: return f'LLaMA-Factory has no template for {family.title}'
     others = {f.template for f in FAMILIES.values()}
-    return f'template={config.template} is not for {family.title}; write template={family.template}'*(config.template in others)
+    wrong = config.template in others
+    return f'template={config.template} is not for {family.title}; write template={family.template}'*wrong
 
 # %% ../nbs/19_factory.ipynb #a2c97239
 def check_factory(
