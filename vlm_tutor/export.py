@@ -56,6 +56,8 @@ def combine(
     configs = [model.peft_config[name] for name in weights]
     if any(config.peft_type != 'LORA' or config.use_dora for config in configs):
         raise VlmError('only LoRA adapters without DoRA can be summed', remedy='Merge one, then train on from there')
+    if any(getattr(config, 'target_parameters', None) for config in configs):
+        raise VlmError('adapters on experts cannot be summed', remedy='Merge one, then train on from there')
     try: model.add_weighted_adapter(list(weights), list(weights.values()), 'sum', combination_type='cat')
     except ValueError as error: raise VlmError(f'these adapters cannot be summed: {error}') from None
     for layer in model.modules(): # cat has scaled already; PEFT would scale a rsLoRA once more

@@ -484,7 +484,7 @@ def fitting(
 def _announce(config, device, counts, left_out, engine, why):
     "Say what is trained, and what is left out"
     for name, text in remarks(config):
-        if name == 'learning_rate': say(f'note  {name}: {text}')
+        if name in ('learning_rate', 'quantization_bit'): say(f'note  {name}: {text}')
     family = find_family(engine.model.config.model_type)
     if not family.trains:
         say(f'note  no small {family.title} is in our tests; compare some answers before you trust the run')
