@@ -9,7 +9,7 @@ __all__ = ['GRID_FILE', 'Grid', 'codes_and_scales', 'rounded', 'summed', 'Rounde
            'build_qat', 'add_first', 'build_qat_lora', 'settled', 'write_grid', 'read_grid', 'pack', 'unpack',
            'PackedLinear', 'packed']
 
-# %% ../nbs/14b_qat.ipynb #ea742bd8
+# %% ../nbs/14b_qat.ipynb #fadf1f8c
 import json, math
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.autograd import Function
 from .core import VlmError, atomic_write, read_json_file
 from .lora import build_adapter, build_full, linear_layers
 
-# %% ../nbs/14b_qat.ipynb #9933aee6
+# %% ../nbs/14b_qat.ipynb #0ee5462d
 class Grid(NamedTuple):
     "Which values a rounded weight may take"
     bits: int = 4 # of a weight: whole numbers from -7 to 7, or with 8 from -127 to 127
@@ -46,7 +46,7 @@ def rounded(
     codes, scales = codes_and_scales(weight, grid)
     return (codes*scales).flatten(1)
 
-# %% ../nbs/14b_qat.ipynb #439e1aec
+# %% ../nbs/14b_qat.ipynb #52aef3a6
 def summed(
     weight: torch.Tensor, # rows × columns
     A: torch.Tensor|None, # rank × columns; None without an adapter
@@ -57,7 +57,7 @@ def summed(
     with torch.autocast(weight.device.type, enabled=False):
         return weight.float() if A is None else weight.float() + (B.float() @ A.float())*scale
 
-# %% ../nbs/14b_qat.ipynb #43c4deb7
+# %% ../nbs/14b_qat.ipynb #604e76cd
 class RoundedProduct(Function):
     "x · Q(W + s·BA)ᵀ; a gradient passes the rounding unchanged, and no rounded weight is kept"
     @staticmethod
@@ -76,7 +76,7 @@ class RoundedProduct(Function):
         if A is None: return dx, dw.to(weight.dtype), None, None, None, None
         return dx, None, ctx.scale*(B.T @ dw), ctx.scale*(dw @ A.T), None, None
 
-# %% ../nbs/14b_qat.ipynb #e2bffd6b
+# %% ../nbs/14b_qat.ipynb #a25bb92c
 class RoundedLinear(nn.Linear):
     "A linear layer that computes with rounded weights and learns those behind them"
     def __init__(self,
@@ -98,7 +98,7 @@ class RoundedLinear(nn.Linear):
         plain.bias = self.bias
         return plain
 
-# %% ../nbs/14b_qat.ipynb #35a46bfa
+# %% ../nbs/14b_qat.ipynb #ca5cca94
 def _check_grid(model, names, grid):
     "Refuse what would not be rounded, or not evenly"
     experts = next((name for name, _ in model.named_parameters() if '.experts.' in name and name not in names), None)
@@ -120,7 +120,7 @@ def round_layers(
     for name in names: model.set_submodule(name, RoundedLinear(model.get_submodule(name), grid))
     return model
 
-# %% ../nbs/14b_qat.ipynb #1b53e88f
+# %% ../nbs/14b_qat.ipynb #49b963c8
 def build_qat(
     model, # a VLM, on its device
     config, # a `Config`: qat_bits, qat_group_size, freeze switches
@@ -128,7 +128,7 @@ def build_qat(
     "Let every weight learn, and the language model's matrices be seen rounded"
     return build_full(round_layers(model, Grid(config.qat_bits, config.qat_group_size)), config)
 
-# %% ../nbs/14b_qat.ipynb #c00216e1
+# %% ../nbs/14b_qat.ipynb #a2b66039
 def _adapter(layer):
     "A, B and scale of a LoRA layer"
     name = layer.active_adapters[0]
@@ -154,7 +154,7 @@ def build_qat_lora(
     "Freeze the model and learn LoRA that is added to the weights before they are rounded"
     return add_first(build_adapter(round_layers(model, Grid(config.qat_bits, config.qat_group_size)), config))
 
-# %% ../nbs/14b_qat.ipynb #2c786e88
+# %% ../nbs/14b_qat.ipynb #41e03c1a
 @torch.no_grad()
 def settled(
     model, # a VLM from `build_qat`, or a PeftModel from `build_qat_lora`; used up
@@ -170,7 +170,7 @@ def settled(
         if isinstance(layer, RoundedLinear): model.set_submodule(name, layer.settled())
     return model
 
-# %% ../nbs/14b_qat.ipynb #04ce13ab
+# %% ../nbs/14b_qat.ipynb #5652184b
 GRID_FILE = 'qat.json' # beside an adapter or a model that was trained with rounding
 
 def write_grid(
@@ -187,7 +187,7 @@ def read_grid(
     file = None if folder is None else Path(folder)/GRID_FILE
     return Grid(**read_json_file(file)) if file and file.is_file() else None
 
-# %% ../nbs/14b_qat.ipynb #13431a7b
+# %% ../nbs/14b_qat.ipynb #1d8fbb8f
 def pack(
     codes: torch.Tensor, # whole numbers, rows × columns
     bits: int, # of each
@@ -204,7 +204,7 @@ def unpack(
     places = bits*torch.arange(32//bits, device=packed.device, dtype=torch.int32)
     return ((packed[..., None] >> places & 2**bits - 1) - 2**(bits - 1)).flatten(1)
 
-# %% ../nbs/14b_qat.ipynb #5571235e
+# %% ../nbs/14b_qat.ipynb #f3c68ef1
 class PackedLinear(nn.Module):
     "A linear layer whose weights lie in few bits, under the names of compressed-tensors"
     def __init__(self,
@@ -222,7 +222,7 @@ class PackedLinear(nn.Module):
         codes = unpack(self.weight_packed, self.bits).unflatten(1, (self.weight_scale.shape[1], -1))
         return F.linear(x, (codes*self.weight_scale[..., None]).flatten(1).to(x.dtype), self.bias)
 
-# %% ../nbs/14b_qat.ipynb #2e1db0f2
+# %% ../nbs/14b_qat.ipynb #ca267a99
 def packed(
     model, # a VLM whose weights are rounded, from `settled`; changed
     grid: Grid, # how they were rounded
