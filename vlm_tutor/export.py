@@ -272,6 +272,7 @@ def method_lines(
         f"answers equal, scores differ by at most {checked['logit_difference']:.1g}",
         *(f'* {line[0].upper()}{line[1:]}' for line in [rounded_text(told)] if line),
         *(f'* {whole_text(told["whole"])}' for _ in range('whole' in told)),
+        *('* Loading takes the package compressed-tensors' for _ in range(told['dtype'] == PACKED)),
         f"* vlm_tutor {versions()['vlm_tutor']}, commit {versions()['commit']}"])
 
 # %% ../nbs/23_export.ipynb #16ff16fa
@@ -413,7 +414,8 @@ def _merge_result(run, out, told, again, url):
              f"checked  {checked['equal_answers']}/{checked['rows']} answers equal in float32, scores differ by up to "
              f"{checked['logit_difference']:.1g}"]
     if told.get('whole'): lines.append(f"note     {whole_text(told['whole'])}")
-    if told.get('rounded'): lines.append(f"warning  {rounded_text(told)}")
+    label = 'checked' if told['dtype'] == PACKED else 'warning'
+    if told.get('rounded'): lines.append(f'{label}  {rounded_text(told)}')
     lines += [f'folder   {out}', f'vllm     {vllm_command(out, run.path.name)}   (not run)']
     if url: lines.append(f'hub      {url}   (private)')
     return Result(dict(told, folder=str(out), bytes=size, hub=url), '\n'.join([*lines, f'next     vlm serve {out}']))

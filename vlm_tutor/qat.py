@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
+from .config import QAT
 from .core import VlmError, atomic_write, read_json_file
 from .lora import build_adapter, build_full, linear_layers
 
@@ -175,9 +176,10 @@ GRID_FILE = 'qat.json' # beside an adapter or a model that was trained with roun
 
 def write_grid(
     folder, # of an adapter or a model
-    config, # a `Config`: qat_bits, qat_group_size
+    config, # a `Config`: finetuning_type, qat_bits, qat_group_size
 ):
-    "Note how the weights were rounded in training"
+    "Note how the weights were rounded in training, if they were"
+    if config.finetuning_type not in QAT: return
     atomic_write(Path(folder)/GRID_FILE, json.dumps(dict(bits=config.qat_bits, group_size=config.qat_group_size)) + '\n')
 
 def read_grid(

@@ -290,7 +290,7 @@ def save_adapter(
     engine.model.peft_config['default'].base_model_name_or_path = base['name']
     save_adapter_files(engine.model, half, engine.adapter())
     atomic_write(half/BASE_FILE, json.dumps(base) + '\n')
-    if engine.config.finetuning_type in QAT: write_grid(half, engine.config)
+    write_grid(half, engine.config)
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.replace(half, run.adapter)
 
@@ -318,7 +318,7 @@ def save_model(
     model = settled(engine.model) if rounds else engine.model.to(numbers(engine.model)) # whole scales take 32 bits
     shutil.rmtree(half, ignore_errors=True)
     model.save_pretrained(half)
-    if rounds: write_grid(half, engine.config)
+    write_grid(half, engine.config)
     _beside_the_weights(base['name'], half)
     atomic_write(half/BASE_FILE, json.dumps(base | dict(parts=trained_parts(engine.config))) + '\n')
     shutil.rmtree(run.model, ignore_errors=True)
