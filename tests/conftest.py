@@ -1,5 +1,5 @@
 """Small and whole copies of the project, to be planted with faults or made afresh."""
-import json, shutil
+import json, shutil, subprocess, sys, warnings
 
 import pytest
 from checkout import NBS, ROOT, tracked
@@ -52,3 +52,26 @@ def whole(tmp_path):
         if p.is_relative_to(NBS) or p.parent == ROOT: copy(p, tmp_path)
     (tmp_path / "nbs/_quarto.yml").symlink_to("../_quarto.yml")
     return tmp_path
+
+
+def reachable(folder):
+    "Can pip fetch LLaMA-Factory itself?"
+    words = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "llamafactory==0.9.5"]
+    return subprocess.run(words, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory):
+    "LLaMA-Factory's command, in the environment that the doctor makes; kept for the machine"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLM_LLAMAFACTORY", raising=False)
+        command = [sys.executable, "-m", "vlm_tutor.cli", "doctor", "--install", "llamafactory", "--json"]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode and not reachable(tmp_path_factory.mktemp("probe")):
+            warnings.warn("LLaMA-Factory was NOT tested: its packages cannot be reached")
+            pytest.skip("packages cannot be reached: " + made.stderr.strip().splitlines()[-1])
+        assert made.returncode == 0, made.stderr
+        found = json.loads(made.stdout)["llamafactory"]
+        patch.setenv("VLM_LLAMAFACTORY", found["command"])
+        assert found["versions"]["llamafactory"] == "0.9.5" and found["versions"]["transformers"] == "5.6.0"
+        yield found

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from vlm_tutor.check import (LOOK, MEND, NEAR, TokenCounter, check, check_page, factory_fate, factory_size,
                              fingerprint, look_at, look_at_all, near_copies, number_marks, small_grey)
 from vlm_tutor.config import load_config
-from vlm_tutor.core import Example, VlmError, asset, find_llamafactory, load_image, read_jsonl, write_jsonl
+from vlm_tutor.core import Example, VlmError, asset, load_image, read_jsonl, write_jsonl
 from vlm_tutor.memory import size_tokens
 from vlm_tutor.receipts import make_receipt
 from vlm_tutor.sharegpt import dataset_entry, save_dataset_in_sharegpt_format, sharegpt_record
@@ -405,12 +405,11 @@ print(json.dumps(dict(sizes=[size(*row) for row in told["sizes"]], cuts=cuts)))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_llamafactory(), reason="NO LLAMA-FACTORY: set VLM_LLAMAFACTORY to its venv")
-def test_the_measured_figures_are_still_those_of_the_real_program(tmp_path):
+def test_the_measured_figures_are_still_those_of_the_real_program(factory, tmp_path):
     import vlm_tutor
     (tmp_path / "real.py").write_text(REAL)
     peers = Path(vlm_tutor.__file__).parent / "assets/peers"
-    command = [Path(find_llamafactory()).parent / "python", tmp_path / "real.py", peers,
+    command = [Path(factory["command"]).parent / "python", tmp_path / "real.py", peers,
                Path(__file__).parent / "data/llamafactory.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -10,7 +10,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from vlm_tutor import export as x
 from vlm_tutor.config import load_config
-from vlm_tutor.core import RunFolder, VlmError, atomic_write, find_llamafactory, read_json_file, read_jsonl
+from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, read_jsonl
 from vlm_tutor.extract import Extractor
 from vlm_tutor.metrics import evaluate
 from vlm_tutor.predict import BASE_FILE, model_hash, predict, split_examples
@@ -301,8 +301,7 @@ def test_a_push_that_is_refused_is_one_sentence(hub, tmp_path, monkeypatch):
 
 # --- LLaMA-Factory ----------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.skipif(not find_llamafactory(), reason="NO LLAMA-FACTORY: vlm doctor --install llamafactory")
-def test_llama_factory_goes_on_from_a_merged_folder(made, tmp_path):
+def test_llama_factory_goes_on_from_a_merged_folder(factory, made, tmp_path):
     "Its first loss on the merged folder is ours"
     run, told = made
     config, found = load_config(run.config_file), []

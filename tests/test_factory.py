@@ -1,5 +1,5 @@
 """LLaMA-Factory as an engine: what it is given, what is refused, what comes home; and the real one."""
-import json, math, os, re, signal, subprocess, sys, time, warnings
+import json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from vlm_tutor import factory as f
 from vlm_tutor.collate import Preprocess
 from vlm_tutor.config import Config, load_config
-from vlm_tutor.core import (ASSETS, CONFIGS, Example, RunFolder, VlmError, find_llamafactory, read_json_file,
+from vlm_tutor.core import (ASSETS, CONFIGS, Example, RunFolder, VlmError, read_json_file,
                             read_jsonl, read_yaml, write_yaml)
 from vlm_tutor.predict import adapter_hash, predict, split_examples
 from vlm_tutor.sharegpt import dataset_entry, save_cord_dataset_in_sharegpt_format
@@ -343,28 +343,6 @@ CORD = SMALL | dict(model_name_or_path="tiny-receipts", use_cpu=True, preprocess
                     learning_rate=1e-3, disable_shuffling=True, gradient_accumulation_steps=1, max_samples=None)
 
 
-def reachable(folder):
-    "Can pip fetch LLaMA-Factory itself?"
-    words = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "llamafactory==0.9.5"]
-    return subprocess.run(words, capture_output=True).returncode == 0
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    "LLaMA-Factory's command, in the environment that the doctor makes; kept for the machine"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("VLM_LLAMAFACTORY", raising=False)
-        made = vlm("doctor", "--install", "llamafactory", "--json")
-        if made.returncode and not reachable(tmp_path_factory.mktemp("probe")):
-            warnings.warn("LLaMA-Factory was NOT tested: its packages cannot be reached")
-            pytest.skip("packages cannot be reached: " + made.stderr.strip().splitlines()[-1])
-        assert made.returncode == 0, made.stderr
-        found = json.loads(made.stdout)["llamafactory"]
-        patch.setenv("VLM_LLAMAFACTORY", found["command"])
-        assert found["versions"]["llamafactory"] == "0.9.5" and found["versions"]["transformers"] == "5.6.0"
-        yield found
-
-
 def cli(factory, *words, cwd):
     "`llamafactory-cli` as a person types it"
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -513,7 +491,8 @@ def test_an_interrupted_run_of_the_real_one_ends_as_one_that_was_not(factory, da
     f.train("cord", "llamafactory", overrides=steps | dict(output_dir=str(tmp_path/"whole")))
     command = [sys.executable, "-m", "vlm_tutor.cli", "train", "cord", "--engine", "llamafactory",
                *(f"{key}={'null' if value is None else value}" for key, value in steps.items()), "output_dir=half"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (tmp_path/"half/llamafactory/output/checkpoint-2/trainer_state.json").exists() and process.poll() is None:
         time.sleep(.05)
     process.send_signal(signal.SIGINT)

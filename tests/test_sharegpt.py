@@ -457,14 +457,11 @@ print(json.dumps(told))"""
 
 
 @pytest.mark.slow
-def test_llama_factory_itself_reads_the_same(tmp_path, docs):
-    from vlm_tutor.core import find_llamafactory
-    command = find_llamafactory()
-    if not command: pytest.skip("LLaMA-Factory is not installed: vlm doctor --install llamafactory")
+def test_llama_factory_itself_reads_the_same(factory, tmp_path, docs):
     out = tmp_path / "out"
     save_cord_dataset_in_sharegpt_format(out, make_cord(tmp_path / "cord"))
     write_split(out, "sys", "train", [Example("s", docs[0].images * 2, "Read.", "4", {"a": 1}, "Be exact."), docs[1]])
-    python = str(Path(command).parent / "python")
+    python = str(Path(factory["command"]).parent / "python")
     words = [python, "-c", READ_BY_FACTORY, str(out), str(tmp_path / "run"), "sys", "cord"]
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1")
     done = subprocess.run(words, capture_output=True, text=True, env=clean | dict(HF_HOME=str(tmp_path / "home")))

@@ -23,6 +23,7 @@ from .factory import train
 from .fields import fields
 from .memory import plan, recommend
 from .methods import methods
+from .models import models
 from .metrics import evaluate, read_json, score
 from .predict import predict
 from .quickstart import quickstart
@@ -34,9 +35,9 @@ from .sources import load_examples, show
 from .splits import split
 
 # %% ../nbs/27a_all.ipynb #51e8bc0e
-VERB_FUNCTIONS = [doctor, methods, show_config, plan, recommend, synth, show, save_cord_dataset_in_sharegpt_format,
-                  save_dataset_in_sharegpt_format, register, check, split, augment, train, predict, evaluate, fields,
-                  compare, errors, robust, serve, bench, quickstart]
+VERB_FUNCTIONS = [doctor, methods, models, show_config, plan, recommend, synth, show,
+                  save_cord_dataset_in_sharegpt_format, save_dataset_in_sharegpt_format, register, check, split,
+                  augment, train, predict, evaluate, fields, compare, errors, robust, serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,
               score, *VERB_FUNCTIONS]
 

@@ -57,9 +57,9 @@ def checked(
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if known[name] is not None and not fits:
             raise VlmError(f"{name} in {what} is {value!r}", f'Allowed: a value such as {known[name]!r}')
-        least = '0 or above' if known[name] == 0 else 'above 0'
-        if kind in (int, float) and name != 'seed' and (value < 0 or value == 0 != known[name]):
-            raise VlmError(f'{name} in {what} is {value}', f'Allowed: {least}')
+        zero = kind is float or known[name] == 0
+        if kind in (int, float) and name != 'seed' and (value < 0 or value == 0 and not zero):
+            raise VlmError(f'{name} in {what} is {value}', f"Allowed: {'0 or above' if zero else 'above 0'}")
     return dict(given or {})
 
 # %% ../nbs/25_bench.ipynb #5acf18bc

@@ -32,7 +32,7 @@ from .config import Config, load_config
 from .core import (Example, Result, VlmError, append_jsonl, asset, atomic_write, check_choice, content_hash,
                             json_line, md_table, progress, read_json_file, read_jsonl, table, upright_size)
 from .examples import saved_schema
-from .memory import size_tokens
+from .models import FAMILIES, guess_family, limit_values, size_tokens
 from .receipts import SPLITS
 from .report import html_table, image_data_url, tag, whole_page
 from .sources import (DIALECTS, IMAGE_TYPES, PLACEHOLDERS, choose_data_set, compact_json, find_schema,
@@ -732,16 +732,9 @@ def chat_template(
 def image_rule(
     folder: Path|None, # a model; None for Qwen2-VL as published
 ) -> dict: # factor, least, most: what `size_tokens` asks for
-    "How the processor of a Qwen2-VL model sizes images"
-    rule = dict(patch_size=14, merge_size=2, min_pixels=56*56, max_pixels=28*28*16384)
-    for name in ('preprocessor_config.json', 'processor_config.json'):
-        found = read_json_file(folder/name) if folder and (folder/name).is_file() else {}
-        found = found.get('image_processor') or found
-        size = found.get('size') or {}
-        given = dict(found, min_pixels=found.get('min_pixels') or size.get('shortest_edge'),
-                     max_pixels=found.get('max_pixels') or size.get('longest_edge'))
-        rule |= {key: given[key] for key in rule if given.get(key)}
-    return dict(factor=rule['patch_size']*rule['merge_size'], least=rule['min_pixels'], most=rule['max_pixels'])
+    "How the processor of a Qwen-VL model sizes images"
+    v = FAMILIES['qwen2_vl'].own_values(folder)
+    return dict(factor=v['patch_size']*v['merge_size'], least=v['shortest_edge'], most=v['longest_edge'])
 
 # %% ../nbs/08_check.ipynb #f5d1a98b
 class TokenCounter:
@@ -751,6 +744,9 @@ class TokenCounter:
     ):
         folder = model_folder(config.model_name_or_path)
         self.config, self.exact, self.rule = config, folder is not None, image_rule(folder)
+        self.family = guess_family(config.model_name_or_path) or FAMILIES['qwen2_vl']
+        self.values = limit_values(self.family.own_values(folder), config.image_max_pixels,
+                                   config.image_min_pixels)
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=['jinja2.ext.loopcontrols'])
@@ -794,7 +790,8 @@ def lengths(self: TokenCounter,
     "How long each row is, and what LLaMA-Factory would do to it"
     asked = [self.chat(example.prompt, None, len(example.images), example.system)
              for example in examples]
-    behind = [text.rpartition('<|image_pad|>')[2] for text in asked]
+    mark = '<image>' if self.family.rule == 'tiles' else '<|image_pad|>'
+    behind = [text.rpartition(mark)[2] for text in asked]
     closed = [example.target + self.closing for example in examples]
     return [self._length(*found) for found in zip(sizes, *map(self.count, (asked, behind, closed)))]
 
@@ -802,8 +799,10 @@ def lengths(self: TokenCounter,
 def _length(self: TokenCounter, sizes, prompt, after, answer):
     "One row's numbers"
     limits, prompt = (self.config.image_min_pixels, self.config.image_max_pixels), prompt - len(sizes)
-    image = sum(size_tokens(size, self.rule['factor'], *limits) for size in sizes)
-    theirs = sum(size_tokens(factory_size(size, *limits), **self.rule) for size in sizes)
+    seen = [self.family.seen(*size, self.values) for size in sizes]
+    image = theirs = sum(one.tokens + one.around for one in seen)
+    if self.family.rule == 'proportion': # else LLaMA-Factory's own resizing is not known to matter
+        theirs = sum(size_tokens(factory_size(size, *limits), **self.rule) for size in sizes)
     fate = factory_fate(theirs + prompt, answer, after, self.config.cutoff_len)
     return dict(image=image, prompt=prompt, answer=answer, length=image + prompt + answer, fate=fate['fate'],
                 llamafactory=FATES[fate['fate']].format(answer=answer, **fate))

@@ -14,6 +14,7 @@ import importlib, sys
 VERBS = {
     'doctor': ('doctor:doctor', 'What is installed, what this machine can do, and what to mend'),
     'methods': ('methods:methods', 'The fine-tuning methods side by side, or all about one'),
+    'models': ('models:models', 'The model families side by side, with the tokens a page takes, or all about one'),
     'config': ('config:show_config', 'What a configuration says, what it means, and what is wrong with it'),
     'plan': ('memory:plan', 'What a run will take: memory item by item, steps, hours, rows too long, what to change'),
     'recommend': ('memory:recommend',

@@ -26,7 +26,7 @@ from .config import method_keys, plan_steps
 from .core import VlmError, atomic_write, read_json_file, say
 from .features import reuse_memory
 from .lean import MEMORY, answer_only, lean_loss, open_layers, pack, why_not_lean
-from .lora import no_chatter, numbers, save_adapter_files
+from .lora import TOWERS, decoder, no_chatter, numbers, save_adapter_files
 from .qat import write_grid
 from .soft import has_prefix
 
@@ -141,7 +141,7 @@ def rest_tower(
 ):
     "Run the vision tower without gradient when nothing in it learns"
     for name, part in model.named_modules():
-        if name.rpartition('.')[2] == 'visual' and not any(p.requires_grad for p in part.parameters()):
+        if name.rpartition('.')[2] in TOWERS and not any(p.requires_grad for p in part.parameters()):
             part.forward = torch.no_grad()(part.forward)
 
 # %% ../nbs/17a_engine.ipynb #42017435
@@ -156,8 +156,7 @@ def choose_loss(
     else: reason = f'{kernels} works on the layers as they are' if kernels else why_not_lean(model)
     if not reason: return LeanLoss(model, config.flash_attn), None
     if config.torch_compile:
-        base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-        for layer in base.model.language_model.layers: layer.compile(dynamic=True)
+        for layer in decoder(model).layers: layer.compile(dynamic=True)
     return PlainLoss(model, preprocess, config.answer_only_logits), reason
 
 # %% ../nbs/17a_engine.ipynb #5f6fdbdc
@@ -355,7 +354,7 @@ def shard(
 ):
     "Share the frozen weights of the language model's layers between the processes"
     from torch.distributed.fsdp import fully_shard
-    for layer in model.get_base_model().model.language_model.layers:
+    for layer in decoder(model).layers:
         kinds = {p.dtype for p in layer.parameters() if not p.requires_grad}
         if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
             raise VlmError(f'fsdp cannot share weights of the kinds {sorted(map(str, kinds))}', 'one kind of numbers',

@@ -167,7 +167,7 @@ def write_model(
     model = model.to(DTYPES.get(dtype, torch.float32)) # scales stay whole
     save_tiny(packed(model, grid) if dtype == PACKED else model, preprocess.processor, folder)
     files = base_files(base)
-    for pattern in ('LICENSE*', 'NOTICE*'):
+    for pattern in ('LICENSE*', 'NOTICE*', 'video_preprocessor_config.json'):
         for file in files.glob(pattern) if files else (): shutil.copy(file, folder/file.name)
 
 # %% ../nbs/23_export.ipynb #9dd7f20f

@@ -23,6 +23,7 @@ from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, atomic_w
                             content_hash, find_llamafactory, load_image, machine, progress, read_json_file,
                             read_jsonl, read_yaml, say, write_jsonl, write_yaml)
 from .doctor import INSTALL, factory_facts, short
+from .models import FAMILIES, guess_family
 from .predict import (ADAPTER_FILES, BASE_FILE, adapter_hash, answer_limit, check_base, choose_adapter,
                                choose_device, holds_model, image_hash, load_preprocess, model_hash, rows_on_file,
                                split_examples, training_splits)
@@ -43,14 +44,23 @@ def need_factory() -> str: # the command
 # %% ../nbs/19_factory.ipynb #016e3187
 FACTORY_TYPES = (*LORA, *WEIGHTS)
 
+def _wrong_template(config):
+    "What is wrong with a template, by the family of the model; empty when nothing is known to be"
+    family = guess_family(config.model_name_or_path)
+    if not family or config.template == family.template: return ''
+    if not family.template: return f'LLaMA-Factory has no template for {family.title}'
+    if config.template not in {f.template for f in FAMILIES.values()}: return ''
+    return f'template={config.template} is not for {family.title}; write template={family.template}'
+
+# %% ../nbs/19_factory.ipynb #a2c97239
 def check_factory(
     config, # a `Config`
     reasons: list = (), # from `misread`: why its transformers would compute something else
 ):
     "Refuse what LLaMA-Factory cannot be asked, before anything starts"
-    word, bits = config.finetuning_type, method_keys(config)['quantization_bit']
+    word, bits, template = config.finetuning_type, method_keys(config)['quantization_bit'], _wrong_template(config)
     rules = [(word not in FACTORY_TYPES, f"LLaMA-Factory has no finetuning_type '{word}'. Allowed there: "
-              f"{', '.join(FACTORY_TYPES)}"),
+              f"{', '.join(FACTORY_TYPES)}"), (template, template),
              (bits and config.use_cpu, f'LLaMA-Factory needs a GPU for {bits} bits'),
              (config.fsdp, 'fsdp=true is a switch of our own engine; LLaMA-Factory would hold all weights everywhere'),
              (int(os.environ.get('WORLD_SIZE', 1)) > 1, 'LLaMA-Factory starts processes itself, not under torchrun'),

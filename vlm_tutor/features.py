@@ -107,7 +107,8 @@ def why_not_kept(
     "Why image features cannot be kept"
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     vlm = getattr(base, 'model', None)
-    if not hasattr(vlm, 'visual') or not hasattr(vlm, 'get_image_features'): return 'another architecture'
+    if not hasattr(vlm, 'visual') or not hasattr(vlm, 'get_image_features'): return 'its images are looked at in tiles'
+    if hasattr(vlm.visual, 'deepstack_merger_list'): return 'the tower speaks to later layers too'
     added, trained = ('lora_', 'ia3_'), base is not model or hasattr(model, 'numbers') # 14_lora marks what is trained
     learns = any(trained and p.requires_grad or any(word in name for word in added)
                  for name, p in vlm.visual.named_parameters())

@@ -368,10 +368,12 @@ LAYER = 'self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp
 
 def _odd(layer):
     "What a decoder layer has that `lean_layer` does not know, in words"
-    parts = [n for n, _ in layer.named_children()] + [f'self_attn.{n}' for n, _ in layer.self_attn.named_children()]
+    parts = [n for n, _ in layer.named_children()]
+    if 'self_attn' in parts: parts += [f'self_attn.{n}' for n, _ in layer.self_attn.named_children()]
     unknown = set(parts) - {'self_attn', 'mlp', *LAYER}
     if unknown: return f'the layer part {min(unknown)}'
-    if type(layer.mlp.act_fn).__name__ not in ('SiLU', 'SiLUActivation'): return 'another activation than SiLU'
+    act = type(getattr(layer.mlp, 'act_fn', None)).__name__
+    if act not in ('SiLU', 'SiLUActivation'): return 'another activation than SiLU'
     if getattr(layer.self_attn, 'sliding_window', None): return 'attention in a sliding window'
     for name in LAYER[:7]:
         linear = layer.get_submodule(name)
@@ -386,6 +388,16 @@ def _odd(layer):
     return None
 
 # %% ../nbs/14a_lean.ipynb #29a2e9a9
+def _other_build(base):
+    "Why the whole is put together in another way than `lean_loss` does it"
+    vlm = getattr(base, 'model', None)
+    text, kind = getattr(vlm, 'language_model', None), base.config.model_type
+    if hasattr(getattr(vlm, 'visual', None), 'deepstack_merger_list'):
+        return f'a tower that speaks to later layers ({kind})'
+    other = f'another architecture ({kind})'
+    if text is None or not hasattr(vlm, 'get_rope_index') or not hasattr(base, 'lm_head'): return other
+    return None if hasattr(sys.modules[type(text.layers[0]).__module__], 'apply_rotary_pos_emb') else other
+
 def why_not_lean(
     model, # a PeftModel
 ) -> str|None: # the reason, None when it can
@@ -393,10 +405,8 @@ def why_not_lean(
     if not hasattr(model, 'get_base_model'): return 'whole weights that learn'
     if model.active_peft_config.is_prompt_learning: return 'learned tokens stand before each row'
     base = model.get_base_model()
-    vlm = getattr(base, 'model', None)
-    text = getattr(vlm, 'language_model', None)
-    if text is None or not hasattr(vlm, 'get_rope_index') or not hasattr(base, 'lm_head'): return 'another architecture'
-    if not hasattr(sys.modules[type(text.layers[0]).__module__], 'apply_rotary_pos_emb'): return 'another architecture'
+    if other := _other_build(base): return other
+    text = base.model.language_model
     if base.lm_head.weight.requires_grad or text.embed_tokens.weight.requires_grad: return 'a head that learns'
     odd = next(filter(None, map(_odd, text.layers)), None)
     if odd: return f'it does not know {odd}'

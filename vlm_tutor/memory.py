@@ -8,8 +8,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/memory.html.md"""
 __all__ = ['SHAPES', 'MEMORY', 'CONTEXT', 'LEAN', 'ASSUMED', 'RATE', 'CPU_RATE', 'GOALS', 'SHIFTS', 'CANDIDATES', 'SOME', 'MUCH',
            'ADAPTERS', 'SOFT', 'Shape', 'size_parts', 'total_size', 'read_shape', 'find_shape', 'count_learning',
            'Load', 'plain', 'layer_bytes', 'score_bytes', 'weight_items', 'peak_bytes', 'plan_items', 'sample_flops',
-           'plan_hours', 'size_tokens', 'text_counter', 'measure_rows', 'method_of', 'make_load', 'fit',
-           'what_to_change', 'compare_items', 'plan', 'Case', 'goal_rules', 'rules', 'rank_methods', 'recommend']
+           'plan_hours', 'text_counter', 'measure_rows', 'method_of', 'make_load', 'fit', 'what_to_change',
+           'compare_items', 'plan', 'Case', 'goal_rules', 'rules', 'rank_methods', 'recommend']
 
 # %% ../nbs/04_memory.ipynb #07ae96f0
 import json, math
@@ -20,6 +20,7 @@ from .config import QAT, Config, choose_rows, load_config, method_keys, plan_ste
 from .core import (ASSETS, Result, VlmError, check_choice, md_table, nearest, progress, read_json_file,
                             table, upright_size)
 from .methods import METHODS, Method, find_method
+from .models import FAMILIES, guess_family, limit_values, size_tokens
 
 # %% ../nbs/04_memory.ipynb #e0612c9a
 @dataclass(frozen=True)
@@ -242,23 +243,6 @@ def plan_hours(
     f = sample_flops(s, m, load)
     return (samples*(f['language'] + f['scores'] + f['tower']) + load.images*f['once'])/tflops/1e12/3600
 
-# %% ../nbs/04_memory.ipynb #c6749abd
-def size_tokens(
-    size: tuple, # width and height
-    factor: int = 28, # pixels a side that one token covers
-    least: int = 1024, # smaller areas are enlarged to this
-    most: int = 589824, # larger ones are shrunk to this
-) -> int: # visual tokens
-    "Tokens of an image by Qwen2-VL's rule"
-    width, height = (round(side/factor)*factor for side in size)
-    if width*height > most:
-        shrink = math.sqrt(size[0]*size[1]/most)
-        width, height = (max(factor, math.floor(side/shrink/factor)*factor) for side in size)
-    elif width*height < least:
-        grow = math.sqrt(least/(size[0]*size[1]))
-        width, height = (math.ceil(side*grow/factor)*factor for side in size)
-    return width*height//factor**2
-
 # %% ../nbs/04_memory.ipynb #017fc53f
 def text_counter(
     name: str, # of a model
@@ -272,16 +256,24 @@ def text_counter(
     return (lambda text: math.ceil(len(text)/2.5)), False
 
 # %% ../nbs/04_memory.ipynb #25c25e0c
-def _row_length(row, s, config, root, count):
+def _row_length(row, image_rule, root, count):
     "Tokens of image, prompt and answer of one row of a ShareGPT file"
     from PIL import Image
-    size, image = s.patch*s.merge, 0
+    image = 0
     for path in row.get('images') or ():
-        with Image.open(root/path) as picture:
-            image += size_tokens(upright_size(picture), size, config.image_min_pixels, config.image_max_pixels)
+        with Image.open(root/path) as picture: seen = image_rule(*upright_size(picture))
+        image += seen.tokens + seen.around
     said = [part.get('content', part.get('value', '')) for part in row.get('messages', row.get('conversations', ()))]
     answer = count(said[-1]) + 2 if said else 0
     return dict(image=image, prompt=sum(map(count, said[:-1])) + 24, answer=answer)
+
+def _image_rule(config):
+    "The rule of the model's family, with its processor's values, under the configuration's limits"
+    name = config.model_name_or_path
+    family = guess_family(name) or FAMILIES['qwen2_vl']
+    folder = next((folder for folder in (Path(name), ASSETS/name) if folder.is_dir()), None)
+    values = limit_values(family.own_values(folder), config.image_max_pixels, config.image_min_pixels)
+    return lambda width, height: family.seen(width, height, values)
 
 # %% ../nbs/04_memory.ipynb #6e353832
 def measure_rows(
@@ -296,7 +288,8 @@ def measure_rows(
     count, exact = text_counter(config.model_name_or_path)
     rows, n = [rows[i] for i in choose_rows(config, len(rows))[0]], len(rows)
     root = Path(config.media_dir or config.dataset_dir)
-    found = [_row_length(row, s, config, root, count) for row in progress(rows, len(rows), 'measure rows', 'row')]
+    rule = _image_rule(config)
+    found = [_row_length(row, rule, root, count) for row in progress(rows, len(rows), 'measure rows', 'row')]
     totals = sorted(sum(one.values()) for one in found)
     mean = lambda key: round(sum(one[key] for one in found)/len(found))
     return dict(n=n, image=mean('image'), prompt=mean('prompt'), answer=mean('answer'), longest=totals[-1],

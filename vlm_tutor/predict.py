@@ -138,7 +138,9 @@ def touches_vision(
     "Does an adapter change the vision part?"
     if holds_model(adapter): return bool({'vision', 'projector'} & set(_base_of(adapter).get('parts', ['vision'])))
     from safetensors import safe_open
-    with safe_open(Path(adapter)/ADAPTER_FILES[1], 'pt') as file: return any('visual' in name for name in file.keys())
+    from vlm_tutor.lora import model_part
+    with safe_open(Path(adapter)/ADAPTER_FILES[1], 'pt') as file: names = list(file.keys())
+    return any(model_part(name) in ('vision', 'projector') for name in names)
 
 # %% ../nbs/17_predict.ipynb #70448aa9
 os.environ.setdefault('GOMP_SPINCOUNT', '2000')

@@ -21,6 +21,7 @@ from .config import QAT, as_dict, ineffective_keys, load_config, method_name, re
 from .core import (COLOURS, Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, content_hash,
                             read_jsonl, say, set_seed, write_jsonl)
 from .metrics import score
+from .models import find_family
 from .predict import (BASE_FILE, adapter_hash, answer_limit, check_base, check_kind, choose_device, generate,
                                holds_model, image_hash, load_run_model, training_splits)
 
@@ -379,6 +380,9 @@ def _announce(config, device, counts, left_out, engine, why):
     "Say what is trained, and what is left out"
     for name, text in remarks(config):
         if name == 'learning_rate': say(f'note  {name}: {text}')
+    family = find_family(engine.model.config.model_type)
+    if not family.trains:
+        say(f'note  no small {family.title} is in our tests; compare some answers before you trust the run')
     if config.lean_forward and engine.reason: say(f'note  lean_forward has no effect: {engine.reason}')
     strength = f'strength {config.augmentation_strength:g}'
     if config.augmentation: say(f'images are disturbed by {config.augmentation}, {strength}')
