@@ -17,7 +17,7 @@ from vlm_tutor.train import events, train, trained_folder
 RATES = dict(ia3=.2, full=1e-3, qat=1e-3, freeze=2e-3, prompt=.2, prefix=.2, p_tuning=5e-3)
 WIDTH, LAYERS, KEYS, MLP, WORDS = 192, 5, 64, 512, 20  # of the embedded base; learned tokens
 every = pytest.mark.parametrize("word", MEANING)
-quick = {"qlora", "pissa", "full", "prefix", "p_tuning", "qat_lora"}  # each goes on in a way of its own; the others as LoRA does
+quick = {"qlora", "pissa", "full", "prefix", "p_tuning", "qat_lora"}  # each goes on in a way of its own
 some = pytest.mark.parametrize("word", [word if word in quick else pytest.param(word, marks=pytest.mark.slow)
                                         for word in MEANING])
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cord import short_receipts
+from families import build
 from vlm_tutor.config import Config, ineffective_keys, load_config
 from vlm_tutor.core import RunFolder, VlmError
 from vlm_tutor.export import merge
@@ -177,6 +178,20 @@ def test_a_packed_model_is_small(base):
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     bits = sum(8 * b.numel() * b.element_size() for x in layers for b in (x.weight_packed, x.weight_scale))
     assert len(layers) == 35 and bits == 5 * sum(math.prod(layer.weight_shape.tolist()) for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "smolvlm", "qwen3_5"])
+def test_other_families_are_rounded_packed_and_read_alike(tmp_path, kind):
+    pytest.importorskip("compressed_tensors", reason="NO COMPRESSED-TENSORS: the packed format is not tested")
+    model = trained_like(load_model(str(build(kind, tmp_path / "base"))), "qat_lora", lora_rank=4)
+    seen = scores(model)
+    packed(settled(model), Grid()).save_pretrained(tmp_path / "small")
+    assert (scores(load_model(str(tmp_path / "small"))) - seen).abs().max() < 1e-4 * seen.abs().max()
+
+
+def test_experts_are_refused(tmp_path):
+    with pytest.raises(VlmError, match="holds experts, which are not rounded yet"):
+        round_layers(load_model(str(build("qwen3_vl_moe", tmp_path))), Grid())
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def stands_alone(
     "Can a group not share one base with others? Only adapters inside the layers can be switched off"
     if folder is None or holds_model(folder): return folder is not None
     from vlm_tutor.qat import read_grid
-    return read_grid(folder) is not None or read_json_file(Path(folder)/ADAPTER_FILES[0])['peft_type'] not in ('LORA', 'IA3')
+    kind = read_json_file(Path(folder)/ADAPTER_FILES[0])['peft_type']
+    return kind not in ('LORA', 'IA3') or read_grid(folder) is not None # rounded layers fit no other group
 
 # %% ../nbs/17_predict.ipynb #b8e02fa4
 def answer_limit(

@@ -180,7 +180,8 @@ def write_grid(
 ):
     "Note how the weights were rounded in training, if they were"
     if config.finetuning_type not in QAT: return
-    atomic_write(Path(folder)/GRID_FILE, json.dumps(dict(bits=config.qat_bits, group_size=config.qat_group_size)) + '\n')
+    grid = Grid(config.qat_bits, config.qat_group_size)
+    atomic_write(Path(folder)/GRID_FILE, json.dumps(grid._asdict()) + '\n')
 
 def read_grid(
     folder, # of an adapter or a model; None for neither

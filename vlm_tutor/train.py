@@ -295,7 +295,7 @@ def save_adapter(
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.replace(half, run.adapter)
 
-# %% ../nbs/18_train.ipynb #f7167805
+# %% ../nbs/18_train.ipynb #352b482b
 def _beside_the_weights(name, goal):
     "Copy what a model folder holds besides weights: tokenizer, processor, chat template"
     from vlm_tutor.tiny import resolve_model
@@ -307,6 +307,7 @@ def _beside_the_weights(name, goal):
         wanted = path.suffix in ('.json', '.txt', '.jinja', '.model') and not path.name.endswith('.index.json')
         if wanted and not (goal/path.name).exists(): shutil.copyfile(path, goal/path.name)
 
+# %% ../nbs/18_train.ipynb #f7167805
 def save_model(
     engine, # an `Engine` whose model has no adapter
     run, # a `RunFolder`
