@@ -236,7 +236,7 @@ def test_what_contradicts_is_named(given, said):
 
 
 def test_keys_of_other_methods_have_no_effect_and_it_is_said():
-    assert dict(ineffective_keys(Config(qat_bits=8)))["qat_bits"] == "it belongs to qat and qat_lora; the method is lora"
+    assert "it belongs to qat and qat_lora" in dict(ineffective_keys(Config(qat_bits=8)))["qat_bits"]
     idle = dict(ineffective_keys(Config(finetuning_type="qat_lora", lora_rank=4, qat_bits=8, pissa_iter=3)))
     assert "pissa_iter" in idle and not {"lora_rank", "qat_bits"} & set(idle)
 
