@@ -55,3 +55,19 @@ def short_receipts(folder, n):
         for i, row in enumerate(rows): row["messages"][1]["content"] = json.dumps(dict(total=str(i) * (i + 1)))
         atomic_write(file, json.dumps(rows))
     return folder
+
+
+def shop_heads(folder, **counts):
+    "A saved data set of receipts' first lines; the answer is the shop's name, which a short run begins to learn"
+    from vlm_tutor.core import Example
+    from vlm_tutor.receipts import make_split_receipt
+    from vlm_tutor.sharegpt import write_splits
+    parts = {split: [] for split in counts}
+    for split, n in counts.items():
+        for i in range(n):
+            receipt, path = make_split_receipt(i, split), folder / f"{split}-{i}.png"
+            receipt.image.crop((0, 0, receipt.image.width, 48)).save(path)
+            answer = json.dumps(dict(shop=receipt.text.splitlines()[0]))
+            parts[split].append(Example(f"{split}-{i}", [str(path)], "Read the name of the shop as JSON.", answer))
+    write_splits(folder / "shops", "shops", parts)
+    return folder / "shops"

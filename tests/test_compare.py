@@ -5,8 +5,12 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vlm_tutor.compare import beside, compare, side_by_side
-from vlm_tutor.core import RunFolder, VlmError, write_jsonl
+from browser import Browser
+from vlm_tutor.compare import (beside, compare, field_differences, marked, mixed_names, receipt_errors, side_by_side,
+                               time_and_cost)
+from vlm_tutor.core import RunFolder, VlmError, append_jsonl, read_json_file, write_jsonl
+from vlm_tutor.fields import fields as score_fields
+from vlm_tutor.metrics import bootstrap_difference, read_json
 
 TRUTHS = {
     "r1": {"menu": [{"nm": "tea", "price": "2.00"}], "total": {"total_price": "2.00"}},
@@ -171,12 +175,14 @@ def test_one_group_alone(run):
 
 
 def test_plots_are_png_with_the_two_colours(run):
-    result = compare(str(run.path))
-    for path in result["plots"].values():
+    plots = compare(str(run.path))["plots"]
+    assert set(plots) == {"fields", "scores", "differences", "radar", "names"}
+    for name, path in plots.items():
         with Image.open(path) as image:
             assert image.format == "PNG"
             colours = {c for n, c in image.convert("RGB").getcolors(1 << 20) if n > 50}
-        assert {(0x9a, 0xa0, 0xa6), (0x1a, 0x73, 0xe8)} <= colours
+        both = {(0x9a, 0xa0, 0xa6), (0x1a, 0x73, 0xe8)}
+        if name in ("fields", "scores", "radar"): assert both <= colours
 
 
 def test_large_photographs_are_shrunk(run, tmp_path):
@@ -184,6 +190,108 @@ def test_large_photographs_are_shrunk(run, tmp_path):
     Image.effect_noise((2000, 3000), 90).save(path)
     compare(str(run.path))
     assert path.stat().st_size > 3e6 and len(page_of(run)) < 2e6
+
+
+def test_scores_of_the_other_verbs_are_shown_and_written(run):
+    result, told = compare(str(run.path), locale="en"), score_fields(str(run.path), locale="en")
+    for group, scores in result["scores"].items():
+        ours, on_file = told["groups"][group], read_json_file(run.metrics(group))
+        assert scores["details"] == ours["fields"] and scores["table"] == ours["table"] and on_file == scores
+        assert scores["grits"] == pytest.approx(ours["table"]["grits"])
+        assert scores["missed"] == sum(f["missed"] for f in ours["fields"])
+        assert scores["seconds_each"] == pytest.approx(.1)
+        for key in ("grits", "anls", "plain", "number", "single"):
+            assert scores["ci"][key][0] <= scores[key] <= scores["ci"][key][1]
+    assert result["scores"]["vanilla-model"]["made_up"] == 1  # the value under a key of its own
+    ours, theirs = result["difference"]["finetuned-model"], told["tests"]["finetuned-model"]
+    assert ours == theirs
+    for words in ("GriTS", "ANLS", "as written", "made up", "finetuned-model, numbers"): assert words in str(result)
+
+
+def test_single_values_by_hand(run):
+    "r1 and r3 right and r2 unreadable; then right, right and 1.00 for 9.00"
+    scores = compare(str(run.path))["scores"]
+    assert [scores[g]["single"] for g in ANSWERS] == [pytest.approx(2/3)]*2
+    assert [scores[g]["anls"] for g in ANSWERS] == [pytest.approx(3/9), pytest.approx((7 + 2*.75)/9)]
+
+
+def test_time_and_money():
+    rows = [dict(seconds=s, cost=c) for s, c in ((1, .1), (2, None), (6, .3))]
+    assert time_and_cost(rows) == dict(seconds_each=3, seconds_slow=2, cost_each=.2, cost=.4)
+    assert set(time_and_cost([dict(seconds=None)]).values()) == {None}
+
+
+def test_the_difference_of_a_field_is_that_of_a_document_with_this_field_alone(run):
+    rows = {g: [row(id, raw) for id, raw in answers.items()] for g, answers in ANSWERS.items()}
+    gap = field_differences(rows, ["total.total_price"])[0]
+    def only(doc): return {"total": doc["total"]} if doc and "total" in doc else None
+    docs = [[only(read_json(r["raw"])) for r in rows[g]] for g in ("finetuned-model", "vanilla-model")]
+    expected = bootstrap_difference(*docs, [only(t) for t in TRUTHS.values()])
+    assert gap["f1"] == pytest.approx(expected["field_f1"]) and gap["ci"] == pytest.approx(expected["ci"])
+
+
+def test_where_lost_values_stand(run):
+    names = compare(str(run.path))["names"]["vanilla-model"]
+    lost = [dict(truth=f"menu.{key}", answer=None, n=2) for key in ("nm", "price")]
+    assert names[:2] == lost and dict(truth="menu.nm", answer="menu.name", n=1) in names
+    assert mixed_names({"menu": {"name": "tea"}}, TRUTHS["r1"])[:1] == [("menu.nm", "menu.name")]
+    twice = dict(menu=[dict(nm="a"), dict(nm="a")])
+    assert mixed_names(dict(x="a"), twice) == [("menu.nm", "x"), ("menu.nm", None)]
+
+
+@pytest.mark.parametrize("truth, value, shown", [
+    ("12,000", "12,500", "<span>12,</span><u>5</u><span>00</span>"), ("tea", "teas", "<span>tea</span><u>s</u>"),
+    ("4.00", "8.00", "<u>8</u><span>.00</span>"), ("Teh", "Te", '<span>Te</span><del title="missing: h"></del>'),
+    ("abc", "xyz", "<u>xyz</u>"), ("a<b", "a<c", "<span>a&lt;</span><u>c</u>")])
+def test_characters_that_differ_are_marked(truth, value, shown): assert marked(truth, value) == shown
+
+
+def test_kinds_of_error(run):
+    kinds = [receipt_errors({}, read_json(raw), TRUTHS[id]) for id, raw in ANSWERS["vanilla-model"].items()]
+    assert kinds == [[("under another name", "menu.nm"), ("missing", "menu.nm"), ("made up", "menu.name")],
+                     [("no JSON", "")], []]
+    assert receipt_errors(dict(error="timeout"), None, TRUTHS["r3"]) == [("failed call", "")]
+    assert receipt_errors({}, {"total": {"total_price": "1"}}, TRUTHS["r3"]) == [("misread", "total.total_price")]
+
+
+def test_strict_refuses_and_other_truths_do(run, tmp_path):
+    write_jsonl(run.predictions("short"), [row("r1", "{}")])
+    with pytest.raises(VlmError, match="only some have 2 of vanilla-model, 2 of finetuned-model"):
+        compare(str(run.path), strict=True)
+    assert compare(str(run.path), ["vanilla-model", "finetuned-model"], strict=True)["n"] == 3
+    write_jsonl(run.predictions("short"), [row("r1", "{}", truth='{"name": "tea"}')])
+    with pytest.raises(VlmError, match=r"'r1' has one truth .*menu.nm.* and another in short \(fields name\)"):
+        compare(str(run.path), ["vanilla-model", "short"])
+
+
+def test_truths_of_another_schema_are_refused(run, tmp_path):
+    from vlm_tutor.schema import infer_schema
+    atomic = infer_schema([dict(invoice="1", date="2")])
+    (tmp_path/"data"/"schema.cord.json").write_text(json.dumps(atomic.json_schema))
+    info = tmp_path/"data"/"dataset_info.json"
+    with pytest.raises(VlmError, match="no truth in the predictions fits the schema"): compare(str(run.path))
+    assert info.exists()
+
+
+def test_a_report_folder_in_use_is_refused(run, tmp_path):
+    other = tmp_path/"other"
+    assert compare(str(run.path), report=str(other))["report"] == str(other/"index.html")
+    with pytest.raises(VlmError, match="exists and is not empty"): compare(str(run.path), report=str(other))
+    compare(str(run.path)), compare(str(run.path))  # its own one is written anew
+
+
+def test_runs_side_by_side_and_by_size(run, tmp_path):
+    small = tmp_path/"small"
+    shutil.copytree(run.path, small)
+    for place, n in ((run.path, 400), (small, 50)): append_jsonl(place/"log.jsonl", dict(event="start", rows=n))
+    result = compare(str(run.path), runs=[str(small)])
+    assert result["groups"] == ["vanilla-model", "finetuned-model", "small"] and "sizes" in result["plots"]
+    assert result["training_rows"] == {"finetuned-model": 400, "small": 50}
+    assert result["scores"]["small"]["field_f1"] == result["scores"]["finetuned-model"]["field_f1"]
+    with pytest.raises(VlmError, match="named twice"): compare(str(run.path), runs=[str(small)]*3)
+    shutil.rmtree(small/"predictions")
+    with pytest.raises(VlmError, match="has no predictions of its finetuned-model"):
+        compare(str(run.path), runs=[str(small)])
 
 
 @pytest.mark.parametrize("truth, pred, expected", [
@@ -241,9 +349,65 @@ def test_page_in_a_browser(run, tmp_path, width):
     found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', dom, re.S)[1]))
     everyone = ["r-r1", "r-r2", "r-r3"]
     assert found["seen"] == {"all": everyone, "every": [], "0": ["r-r3"], "1": ["r-r1"], "none": ["r-r2"]}
-    assert (found["count"], found["wide"], found["broken"], found["images"]) == ("3 of 3 receipts", 0, 0, 5)
+    assert (found["count"], found["wide"], found["broken"], found["images"]) == ("3 of 3 receipts", 0, 0, 8)
     assert found["title"] == "vanilla-model and finetuned-model on 3 receipts"
     assert console == [] and chromium(tmp_path, run.report/"index.html")[1] == []
+
+
+SHOWN = "[...document.querySelectorAll('article')].filter(a=>!a.hidden).map(a=>a.id.slice(2)).join(' ')"
+
+
+def choose(browser, **lists):
+    "Set the page's lists and tell which receipts are shown, in their order"
+    for name, value in lists.items():
+        browser.run(f"{name}.value='{value}';{name}.dispatchEvent(new Event('change'))")
+    return browser.run(SHOWN)
+
+
+def press(browser, key):
+    "Press a key and tell where the focus is"
+    for kind in ("keyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if kind == "keyDown" else "")
+    return browser.run("document.activeElement.id")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="NO BROWSER: install Debian's chromium to check the comparison page in one")
+@pytest.mark.parametrize("width, dark", [(360, True), (1200, False)])
+def test_filters_orders_and_keys_in_a_browser(run, tmp_path, width, dark):
+    compare(str(run.path))
+    with Browser(tmp_path, width, dark) as browser:
+        browser.open((run.report/"index.html").as_uri())
+        assert choose(browser, kind="1") == "r2" and choose(browser, kind="4", field="total.total_price") == "r3"
+        assert choose(browser, field="menu.price") == "r2" and choose(browser, kind="all", field="all") == "r1 r2 r3"
+        assert choose(browser, order="wrong") == "r1 r2 r3" and choose(browser, order="1") == "r3 r2 r1"
+        assert choose(browser, order="file") == "r1 r2 r3"
+        assert [press(browser, key) for key in "jjkjjj/"] == ["r-r1", "r-r2", "r-r1", "r-r2", "r-r3", "r-r3", "who"]
+        choose(browser, kind="1")
+        browser.run("location.hash='r-r1'")
+        browser.wait("kind.value=='all'")
+        back = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert back == ("rgb(23, 24, 26)" if dark else "rgb(255, 255, 255)")
+        assert browser.run("document.documentElement.scrollWidth<=innerWidth") and not browser.errors()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="NO BROWSER: install Debian's chromium to check the comparison page in one")
+def test_a_thousand_receipts_stay_light(run, tmp_path):
+    Image.effect_noise((600, 900), 90).save(tmp_path/"data"/"images"/"r1.png")
+    from vlm_tutor.compare import page, receipt_html
+    from vlm_tutor.report import image_data_url
+    compare(str(run.path))
+    scores = {g: read_json_file(run.metrics(g)) for g in ANSWERS}
+    picture = image_data_url(tmp_path/"data"/"images"/"r1.png", limit=30_000, side=480)
+    def one(i): return receipt_html({g: row("r1", ANSWERS[g]["r1"]) | dict(id=f"n{i}") for g in ANSWERS}, [picture])
+    (tmp_path/"many.html").write_text(page("Many", [], scores, [], [one(i) for i in range(1000)]))
+    with Browser(tmp_path, 360) as browser:
+        browser.open((tmp_path/"many.html").as_uri())
+        assert choose(browser, who="1").count(" ") == 999 and choose(browser, who="0") == ""
+        assert browser.run("[...document.images].every(i=>i.loading=='lazy'&&i.decoding=='async')")
+        drawn = "[...document.querySelectorAll('article')].filter(a=>a.checkVisibility({contentVisibilityAuto:true}))"
+        assert choose(browser, who="all") and browser.run(f"{drawn}.length") <= 1000 and not browser.errors()
 
 
 @pytest.mark.slow

@@ -6,10 +6,12 @@ import torch
 from cord import short_receipts
 from vlm_tutor.config import as_dict, load_config
 from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file
-from vlm_tutor.predict import adapter_hash, generate, load_run_model, model_hash, predict, split_examples
+from vlm_tutor.metrics import score
+from vlm_tutor.predict import (adapter_hash, generate, load_run_model, model_hash, predict, split_examples,
+                               training_splits)
 from vlm_tutor.tiny import build_processor, build_tiny, save_tiny
 from vlm_tutor.engine import last_checkpoint
-from vlm_tutor.train import Rows, events, train
+from vlm_tutor.train import Rows, best_validation, events, overfitting, train
 
 SMALL = dict(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="steps", save_steps=100,
              eval_strategy="no")
@@ -115,6 +117,121 @@ def test_validation_has_loss_and_score(data, tmp_path):
     assert [row["step"] for row in judged] == [2, 4] and {row["n"] for row in judged} == {8}
     assert all(row["loss"] > 0 and 0 <= row["field_f1"] <= 1 for row in judged)
     assert result["validation_loss"] == judged[-1]["loss"] and (run.report / "loss.png").stat().st_size > 5000
+
+
+# --- the best evaluation ----------------------------------------------------------------------------------------------
+UNSTABLE = dict(learning_rate=.03, lr_scheduler_type="constant", per_device_train_batch_size=2, eval_strategy="steps",
+                eval_steps=1, save_steps=1, load_best_model_at_end=True, eval_score_samples=1)
+
+
+@pytest.fixture(scope="module")
+def unstable(data, tmp_path_factory):
+    "A run of eight steps that are too long, so that the last is not the best"
+    path = tmp_path_factory.mktemp("unstable") / "run"
+    result = train("tiny", overrides=options(data, path, **UNSTABLE))
+    return RunFolder(path), result
+
+
+def test_the_weights_of_the_best_evaluation_are_kept(data, unstable, tmp_path):
+    "They are those of a run that ends there: with a constant rate the steps before it are the same"
+    run, result = unstable
+    losses = column(run, "loss", "validation")
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == 8 and best < 8 and result["best_step"] == result["kept_step"] == best
+    assert result["validation_loss"] == min(losses) and not result["stopped_early"]
+    ends_there = UNSTABLE | dict(load_best_model_at_end=False, max_steps=best)
+    train("tiny", overrides=options(data, tmp_path / "run", **ends_there))
+    assert adapter_hash(run.adapter) == adapter_hash(tmp_path / "run" / "adapter")
+
+
+def killed(run, copy, step):
+    "The folder of a run as it was when the power failed after `step`, with the weights that were best at the end"
+    shutil.copytree(run.path, copy)
+    shutil.rmtree(copy / "adapter")
+    for path in (copy / "checkpoints").glob("checkpoint-*"):
+        if int(path.name[11:]) > step: shutil.rmtree(path)
+    return RunFolder(copy)
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_a_resumed_run_keeps_the_same_best(data, unstable, tmp_path, step):
+    run, again = unstable[0], killed(unstable[0], tmp_path / "run", step)
+    train("tiny", overrides=options(data, again.path, **UNSTABLE))
+    assert adapter_hash(again.adapter) == adapter_hash(run.adapter)
+    for name in ("loss", "field_f1", "train_field_f1"):
+        assert column(again, name, "validation") == column(run, name, "validation")
+
+
+def test_a_run_ends_early_and_a_resumed_one_at_the_same_step(data, unstable, tmp_path):
+    losses = column(unstable[0], "loss", "validation")
+    ends = next(i for i in range(1, 8) if losses[i] >= min(losses[:i])) + 1
+    given, run = UNSTABLE | dict(early_stopping_patience=1), RunFolder(tmp_path / "run")
+    result = train("tiny", overrides=options(data, run.path, **given))
+    assert ends < 8 and result["steps"] == ends and result["stopped_early"] and "stopped early" in str(result)
+    assert column(run, "loss", "validation") == losses[:ends]
+    for step in (1, ends):
+        again = killed(run, tmp_path / f"again-{step}", step)
+        assert train("tiny", overrides=options(data, again.path, **given))["steps"] == ends
+        assert adapter_hash(again.adapter) == adapter_hash(run.adapter)
+
+
+def test_the_scores_of_the_log_are_those_of_the_answers(data, plain, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    train("tiny", overrides=options(data, run.path, eval_strategy="epoch", eval_score_samples=3))
+    last, config = events(run, "validation")[-1], load_config(run.config_file)
+    model, preprocess, _ = load_run_model(config, run.adapter)
+    for split, start in (("validation", ""), ("train", "train_")):
+        examples = split_examples(config, split)[:3]
+        rows = [preprocess.encode(e, answer=False) for e in examples]
+        found = score(generate(model, preprocess, rows, 64), [e.truth for e in examples])
+        for name in ("field_f1", "nted_accuracy", "exact_match"):
+            assert last[start + name] == pytest.approx(found[name])
+    assert last["n"] == 3 and adapter_hash(run.adapter) == adapter_hash(plain.adapter)
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(eval_strategy="no"), "needs evaluations. Set eval_strategy"),
+
+    (dict(early_stopping_patience=0), "patience is 0. Allowed: above"),
+    (dict(metric_for_best_model="f1"), "metric_for_best_model cannot be 'f1'"),
+    (dict(metric_for_best_model="eval_field_f1", eval_score_samples=0), "needs eval_score_samples above 0")])
+def test_a_best_that_cannot_be_found_is_refused(given, words):
+    with pytest.raises(VlmError, match=words): load_config("tiny", dict(load_best_model_at_end=True) | given)
+
+
+def test_the_best_of_a_share_held_back_and_of_nothing(data, tmp_path):
+    given = dict(eval_dataset=None, val_size=.25, max_steps=1, eval_strategy="epoch", load_best_model_at_end=True)
+    assert train("tiny", overrides=options(data, tmp_path / "run", **given))["best_step"] == 1
+    with pytest.raises(VlmError, match="load_best_model_at_end needs validation rows, and there are none"):
+        train("tiny", overrides=options(data, tmp_path / "none", **given | dict(val_size=0.)))
+
+
+def test_what_the_evaluations_tell():
+    def rows(losses, scores): return [dict(step=i, loss=a, field_f1=b, train_field_f1=b, n=8)
+                                      for i, (a, b) in enumerate(zip(losses, scores))]
+    assert overfitting(rows([.5, .4, .41], [.1, .2, .2])) == []
+    assert "rose from 0.4 at step 1 to 0.6" in overfitting(rows([.5, .4, .6], [.1, .2, .1]))[0]
+    assert len(overfitting(rows([.5, .4, .6], [.1, .2, .3]))) == 2
+    known = rows([.5, .4], [.1, .5])
+    known[-1]["train_field_f1"] = .9
+    assert "0.40 higher on 8 training rows" in overfitting(known)[0]
+    assert best_validation([dict(step=1, loss=1)], "field_f1") is None  # as LLaMA-Factory logs it
+
+
+def test_rehearsal_rows_join_in_by_their_share(data, tmp_path):
+    other = short_receipts(tmp_path / "other", 6)
+    given = dict(data=str(data), rehearsal=str(other), rehearsal_share=.2)
+    kept, validation, there = training_splits(load_config("tiny", given))
+    added = [e for e in kept if e.id.startswith("rehearsal/")]
+    assert (len(kept), len(added), len(validation), there) == (10, 2, 8, 8) and len({e.id for e in kept}) == 10
+    assert [e.id for e in training_splits(load_config("tiny", given))[0]] == [e.id for e in kept]
+    assert len(training_splits(load_config("tiny", given | dict(rehearsal_share=.9)))[0]) == 8 + 6
+    assert len(split_examples(load_config("tiny", given), "train")) == 8
+    run = RunFolder(tmp_path / "run")
+    result = train("tiny", overrides=options(data, run.path, max_steps=1) | given)
+    assert result["rows"] == 10
+    with pytest.raises(VlmError, match="nowhere"):
+        train("tiny", overrides=options(data, tmp_path / "no", rehearsal=str(tmp_path / "nowhere")))
 
 
 def test_a_share_for_validation_is_kept_apart_and_stays_the_same(data):

@@ -16,15 +16,19 @@ from .check import check
 from .compare import compare
 from .config import load_config, show_config
 from .core import Example, Result, RunFolder, VlmError, md_table, table
+from .crossval import crossval
 from .doctor import doctor
 from .errors import errors
 from .extract import Extractor
 from .factory import train
 from .fields import fields
+from .forgetting import forgetting
 from .memory import plan, recommend
 from .methods import methods
-from .models import models
 from .metrics import evaluate, read_json, score
+
+# %% ../nbs/27a_all.ipynb #040ab124
+from .models import models
 from .predict import predict
 from .quickstart import quickstart
 from .receipts import make_receipt, synth
@@ -33,11 +37,13 @@ from .serve import serve
 from .sharegpt import register, save_cord_dataset_in_sharegpt_format, save_dataset_in_sharegpt_format
 from .sources import load_examples, show
 from .splits import split
+from .sweep import sweep
 
 # %% ../nbs/27a_all.ipynb #51e8bc0e
 VERB_FUNCTIONS = [doctor, methods, models, show_config, plan, recommend, synth, show,
                   save_cord_dataset_in_sharegpt_format, save_dataset_in_sharegpt_format, register, check, split,
-                  augment, train, predict, evaluate, fields, compare, errors, robust, serve, bench, quickstart]
+                  augment, train, sweep, crossval, predict, evaluate, fields, compare, errors, forgetting, robust,
+                  serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,
               score, *VERB_FUNCTIONS]
 

@@ -22,6 +22,7 @@ from .config import Config, ineffective_keys
 from .core import (ASSETS, CONFIGS, PACKAGE, Example, Result, VlmError, append_jsonl, asset, atomic_write,
                             check_choice, content_hash, json_line, machine, md_table, nearest, read_json_file,
                             read_jsonl, read_yaml, say, show_value, table, venvs_folder, versions, write_yaml)
+from .curves import curve_files, curves_result, measure_curves
 from .doctor import ENVIRONMENTS, make_venv
 from .predict import load_run_model
 from .sharegpt import save_dataset_in_sharegpt_format, write_split
@@ -911,7 +912,7 @@ def _check_numbers(experiment, points):
 def _list_experiments():
     "The experiments with the first line of each file"
     rows = [dict(experiment=name, what=path.read_text().splitlines()[0].lstrip('# '))
-            for name, path in experiments().items()]
+            for name, path in (experiments() | curve_files()).items()]
     return Result({row['experiment']: row['what'] for row in rows}, table(rows) + '\n\nnext  vlm bench mini',
                   md_table(rows))
 
@@ -919,6 +920,12 @@ def _command(name, points, repeats, overrides):
     "The command as it was given"
     return ' '.join(['vlm bench', str(name), *overrides, *(['--points', *points] if points else []),
                      *([f'--repeats {repeats}'] if repeats else [])])
+
+def _curves(name, points, out, work, changes):
+    "An experiment of 21c_curves"
+    if changes: raise VlmError(f"'{changes[0]}' does not go with experiment '{name}'", remedy='Copy and edit its file')
+    file = result_file(name, out, work, not points)
+    return curves_result(measure_curves(name, work, points), file)
 
 # %% ../nbs/25_bench.ipynb #13b1c5fb
 def bench(
@@ -932,6 +939,7 @@ def bench(
 ) -> Result:  # the record: points, engines, ratios, and all that tells how they came about
     "Measure our engine beside the peers, after a check that all learn the same"
     if name is None: return _list_experiments()
+    if name in curve_files(): return _curves(name, points, out, work, [*overrides, *['repeats']*bool(repeats)])
     experiment = load_experiment(name, [*overrides, *([f'repeats={repeats}'] if repeats else [])])
     chosen, place = all_points(experiment, points), Path(work)/experiment['name']
     check_device(experiment)

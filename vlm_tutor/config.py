@@ -121,6 +121,9 @@ class OwnKeys(TrainKeys):
     augmentation: str|None = key(None, 'disturb training images: all, or names such as rotation,blur (our engine only)')
     augmentation_strength: float = key(1.0, 'how much: 1 is a usual photo, 1.5 the most (our engine only)')
     augmentation_variants: int|None = key(None, 'keep so many forms of each image; else a new one each epoch')
+    rehearsal: str|None = key(None, 'folder of other tasks that the model shall keep, mixed in (our engine only)')
+    rehearsal_share: float = key(0.1, 'which share of the training rows these are (our engine only)')
+    eval_score_samples: int = key(8, 'rows answered and scored at an evaluation: validation, and training')
     num_virtual_tokens: int = key(20, 'prompt, prefix, p_tuning: tokens that are learned (our engine only)')
     encoder_hidden_size: int|None = key(None, 'p_tuning: width of the network that makes them (our engine only)')
     prompt_tuning_init_text: str|None = key(None, 'prompt, prefix: a text to begin with; else words drawn by chance')
@@ -143,10 +146,14 @@ class Config(OwnKeys):
     per_device_eval_batch_size: int = key(8, 'validation examples that go through the model at once')
     eval_strategy: str = key('no', 'when the validation rows are judged: steps, epoch or no')
     eval_steps: int|float|None = key(None, 'steps between two evaluations; below 1, a share of all steps')
+    load_best_model_at_end: bool = key(False, 'keep the weights of the best evaluation, not the last ones')
+    metric_for_best_model: str = key('loss', 'what is best: loss, field_f1, nted_accuracy or exact_match')
+    early_stopping_patience: int|None = key(None, 'stop after so many evaluations without a better one')
     report_to: str = key('none', 'where else the log goes: none, tensorboard, wandb')
 
     def __post_init__(self):
         if self.lora_alpha is None: self.lora_alpha = 2*self.lora_rank
+        self.metric_for_best_model = self.metric_for_best_model.removeprefix('eval_')
         check_values(self)
 
 # %% ../nbs/03_config.ipynb #8c3a1d82
@@ -177,17 +184,19 @@ def method_keys(
 
 # %% ../nbs/03_config.ipynb #aad58a78
 CHOICES = dict(stage=('sft',), finetuning_type=tuple(MEANING), save_strategy=('steps', 'epoch', 'no'),
-               eval_strategy=('no', 'steps', 'epoch'), flash_attn=('auto', 'sdpa', 'fa2', 'disabled'),
+               eval_strategy=('no', 'steps', 'epoch'),
+               metric_for_best_model=('loss', 'field_f1', 'nted_accuracy', 'exact_match'),
+               flash_attn=('auto', 'sdpa', 'fa2', 'disabled'),
                lr_scheduler_type=('linear', 'cosine', 'constant', 'constant_with_warmup', 'polynomial', 'inverse_sqrt',
                                   'cosine_with_restarts'))
 ABOVE_ZERO = ('image_max_pixels', 'image_min_pixels', 'lora_rank', 'lora_alpha', 'cutoff_len', 'max_samples',
               'preprocessing_num_workers', 'per_device_train_batch_size', 'gradient_accumulation_steps',
               'learning_rate', 'num_train_epochs', 'per_device_eval_batch_size', 'logging_steps', 'save_steps',
               'eval_steps', 'save_total_limit', 'ddp_timeout', 'augmentation_strength', 'augmentation_variants',
-              'loraplus_lr_ratio', 'num_virtual_tokens', 'encoder_hidden_size')
-NOT_BELOW_ZERO = ('val_size', 'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'warmup_steps', 'seed',
-                  'qat_group_size')
-SHARES = ('lora_dropout', 'warmup_ratio')
+              'loraplus_lr_ratio', 'num_virtual_tokens', 'encoder_hidden_size', 'early_stopping_patience')
+NOT_BELOW_ZERO = ('val_size', 'eval_score_samples', 'dataloader_num_workers', 'weight_decay', 'max_grad_norm',
+                  'warmup_steps', 'seed', 'qat_group_size')
+SHARES = ('lora_dropout', 'warmup_ratio', 'rehearsal_share')
 RANGES = ((ABOVE_ZERO, 'above 0', lambda v: v > 0), (NOT_BELOW_ZERO, '0 or above', lambda v: v >= 0),
           (SHARES, 'from 0 to below 1', lambda v: 0 <= v < 1))
 
@@ -230,6 +239,15 @@ def _qat_rules(c):
         f'lora_dropout={c.lora_dropout:g} and {named} contradict each other: the sum of weight and adapter is rounded'
 
 # %% ../nbs/03_config.ipynb #b70c45e4
+def _best_rules(c):
+    "Pairs (is it wrong?, what to say) about the best evaluation"
+    for name in ('load_best_model_at_end', 'early_stopping_patience'):
+        said = f'{name}={yaml_value(getattr(c, name))} needs'
+        wanted = bool(getattr(c, name))
+        yield wanted and c.eval_strategy == 'no', f'{said} evaluations. Set eval_strategy to steps or epoch'
+        unscored = c.metric_for_best_model != 'loss' and not c.eval_score_samples
+        yield wanted and unscored, f'metric_for_best_model={c.metric_for_best_model} needs eval_score_samples above 0'
+
 def _rules(config):
     "Pairs (is it wrong?, what to say) about values that belong together"
     c = config
@@ -241,6 +259,7 @@ def _rules(config):
     yield not whole, f'max_samples is {c.max_samples}. Allowed: a whole number of rows, or a share up to 1.0'
     frozen = c.freeze_language_model and c.freeze_vision_tower and c.freeze_multi_modal_projector
     yield frozen, 'every part of the model is frozen, so nothing can learn. Set one of the freeze_ keys to false'
+    yield from _best_rules(c)
     yield from _method_rules(c)
     yield from _qat_rules(c)
 
@@ -394,6 +413,7 @@ def load_config(
     changes = parse_overrides(overrides)
     source = None if isinstance(name, Config) else find_config(name)
     values = read_yaml(source) if source else as_dict(name)
+    values.pop('sweep', None) # what vlm sweep tries in place of these values
     values = {key: to_type(check_key(str(key)), value) for key, value in values.items()}
     folder = changes.pop('data', None)
     if folder: values = _use_data(values, folder, changes)
@@ -490,14 +510,21 @@ def _native_idle(c, device):
     if alone: reasons['fsdp'] = 'one process trains, so there is nothing to share'
     idle = [] if c.augmentation else ['augmentation_strength', 'augmentation_variants']
     reasons |= dict.fromkeys(idle, 'no augmentation is asked for')
+    if not c.rehearsal: reasons['rehearsal_share'] = 'no rehearsal is asked for'
+    if not (c.load_best_model_at_end or c.early_stopping_patience):
+        reasons['metric_for_best_model'] = 'neither load_best_model_at_end nor early_stopping_patience is set'
     reasons |= _method_idle(c)
     return [(name, why) for name, why in reasons.items() if why and getattr(c, name) != FIELDS[name].default]
 
+# %% ../nbs/03_config.ipynb #e6f189c0
 def _factory_idle(c):
     "Pairs (key, why it has no effect) in LLaMA-Factory"
     if not c.freeze_multi_modal_projector and c.lora_target == 'all':
         yield 'freeze_multi_modal_projector', 'with lora_target all LLaMA-Factory leaves the projector as it is'
     if isinstance(c.max_samples, float): yield 'max_samples', 'LLaMA-Factory takes whole numbers only'
+    best = c.load_best_model_at_end or c.early_stopping_patience
+    if best and c.metric_for_best_model != 'loss':
+        yield 'metric_for_best_model', 'LLaMA-Factory scores no answers in training; it takes the loss'
     for name in OWN_KEYS:
         way = '; vlm augment --dir writes disturbed copies for it' if name == 'augmentation' else ''
         if getattr(c, name) != FIELDS[name].default: yield name, 'LLaMA-Factory does not know it' + way

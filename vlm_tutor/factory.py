@@ -195,7 +195,7 @@ def method_in_its_words(
 
 # %% ../nbs/19_factory.ipynb #68689cae
 REPLACED = ('dataset', 'eval_dataset', 'dataset_dir', 'media_dir', 'max_samples', 'val_size', 'warmup_ratio',
-            'plot_loss', 'auto_find_batch_size', 'output_dir')
+            'plot_loss', 'auto_find_batch_size', 'output_dir', 'metric_for_best_model', 'early_stopping_patience')
 
 def factory_keys(
     config, # a `Config`
@@ -213,6 +213,9 @@ def factory_keys(
                  output_dir=str(place/'output'), overwrite_output_dir=not went_on, overwrite_cache=True,
                  logging_first_step=True, warmup_steps=config.warmup_steps or config.warmup_ratio,
                  use_cpu=device == 'cpu', bf16='bfloat16' in kind, fp16='float16' in kind and 'bfloat16' not in kind)
+    if config.load_best_model_at_end or config.early_stopping_patience:
+        keys |= dict(metric_for_best_model='loss', load_best_model_at_end=True)
+    if config.early_stopping_patience: keys['early_stopping_steps'] = config.early_stopping_patience
     if config.preprocessing_num_workers:
         keys['preprocessing_num_workers'] = min(config.preprocessing_num_workers, machine()['cores'])
     return keys | (dict(do_eval=True, eval_dataset='validation') if judged else dict(eval_strategy='no'))

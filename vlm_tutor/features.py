@@ -20,7 +20,7 @@ from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
 
-from .core import VlmError, content_hash, load_image, progress, read_jsonl
+from .core import VlmError, alone, content_hash, load_image, progress, read_jsonl
 
 # %% ../nbs/13a_features.ipynb #843530f0
 for cache in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'): os.environ.setdefault(cache, '32')
@@ -155,11 +155,12 @@ def write(self: Features,
     "Append the features of one image, then their line in the index"
     self.path.parent.mkdir(parents=True, exist_ok=True)
     data = found.contiguous().view(torch.uint8).numpy().tobytes()
-    with open(self.path, 'ab') as file:
-        start = file.tell()
-        file.write(data)
-    row = dict(image=image, key=self.key, start=start, bytes=len(data), grid=grid.tolist(), width=found.shape[-1])
-    with open(self.path.with_suffix('.jsonl'), 'a') as file: file.write(json.dumps(row) + '\n')
+    row = dict(image=image, key=self.key, bytes=len(data), grid=grid.tolist(), width=found.shape[-1])
+    with alone(self.path.with_suffix('.lock')):
+        with open(self.path, 'ab') as file:
+            row['start'] = file.seek(0, os.SEEK_END)
+            file.write(data)
+        with open(self.path.with_suffix('.jsonl'), 'a') as file: file.write(json.dumps(row) + '\n')
     self.index[image] = row
 
 # %% ../nbs/13a_features.ipynb #99aa0501
@@ -235,8 +236,11 @@ def fill(self: Features,
     ahead: int = 4, # images that are opened in advance
 ):
     "Compute what is missing, with a progress line"
-    todo = list({image: path for path in paths if (image := self.name(path)) not in self.index
-                 and image not in self.kept}.items())
+    def missing():
+        there = self.index.keys() | self.kept.keys()
+        return {image: path for path in paths if (image := self.name(path)) not in there}
+    if self.path and missing(): self.read_index() # another run may have looked since
+    todo = list(missing().items())
     if not todo: return
     with ThreadPoolExecutor(2) as pool:
         images = iter(todo)

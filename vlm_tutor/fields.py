@@ -6,20 +6,21 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/fields.html.md"""
 
 # %% auto #0
 __all__ = ['LOCALES', 'COLUMNS', 'plain', 'read_number', 'value_key', 'field_counts', 'assign', 'table_rows', 'match_rows',
-           'table_scores', 'mean_anls', 'field_scores', 'fields']
+           'table_scores', 'mean_anls', 'field_scores', 'set_scores', 'fields']
 
 # %% ../nbs/11b_fields.ipynb #2856c8fd
 import json, re, unicodedata
 from collections import Counter
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from .certainty import calibration_error, confidence, paired_tests, receipts_for_f1, separation
 from .core import Result, RunFolder, VlmError, atomic_write, check_choice, md_table, table
-from .metrics import (_check_pairs, _f1, _true, anls, edit_table, exact_match, flatten, grits_content,
-                               normalise, read_json, read_predictions)
+from .metrics import (_check_pairs, _f1, _true, anls, bootstrap_weights, edit_table, exact_match, flatten,
+                               grits_content, interval, normalise, read_json, read_predictions)
 
 # %% ../nbs/11b_fields.ipynb #7a9bda38
 def plain(
@@ -49,6 +50,7 @@ def read_number(
     return Decimal(found['sign'] + re.sub(r'\D', '', whole[1]) + (f'.{whole[4]}' if whole[4] else ''))
 
 # %% ../nbs/11b_fields.ipynb #69d20237
+@lru_cache(2**16)
 def value_key(
     text: str, # a value
     how: str, # "exact", "plain" or "number"
@@ -174,6 +176,7 @@ def mean_anls(
 ) -> float: # summed over the true values
     "ANLS of the true values of one field, each against its partner"
     if not pred or not true: return 0.
+    if sorted(pred) == sorted(true): return float(len(true))
     worth = np.array([[anls(p, t) for p in pred] for t in true])
     return float(sum(worth[pair] for pair in assign(worth)))
 
@@ -203,6 +206,37 @@ def field_scores(
     docs = [(_by_field(pred), _by_field(truth)) for pred, truth in zip(preds, truths)]
     names = list(dict.fromkeys(path for _, true in docs for path in true))
     return [_field_row(name, docs, locale) for name in names]
+
+# %% ../nbs/11b_fields.ipynb #2240402c
+def _shares(pred, true, locale):
+    "{score: (gained, possible)} of one receipt"
+    a, b = _by_field(pred), _by_field(true)
+    sides = {name: (a.get(name, []), b.get(name, [])) for name in dict.fromkeys([*b, *a])}
+    counts = {how: {name: field_counts(*side, how, locale) for name, side in sides.items()}
+              for how in ('plain', *(['number'] if locale else []))}
+    found = {how: (sum(2*one['right'] for one in each.values()),
+                   sum(one['predicted'] + one['n'] for one in each.values())) for how, each in counts.items()}
+    single = [one for name, one in counts['plain'].items() if not name.startswith('menu.')]
+    found['single'] = sum(one['right'] for one in single), sum(max(one['predicted'], one['n']) for one in single)
+    found['anls'] = sum(mean_anls(*side) for side in sides.values()), sum(map(len, b.values()))
+    rows = [table_rows(doc) for doc in (pred, true)]
+    return found | dict(grits=(grits_content(*rows)[2], 1) if any(rows) else (0, 0))
+
+# %% ../nbs/11b_fields.ipynb #73fe754a
+def set_scores(
+    preds: list, # parsed predictions; None where nothing could be read
+    truths: list, # the parsed truths
+    locale: str|None = None, # one of `LOCALES`: adds field F1 that compares numbers
+    seed: int = 0, # of the bootstrap
+) -> dict: # plain, number (field F1), single, anls, grits, where there is something to score; ci: {score: [low, high]}
+    "Scores of a set that forgive case and punctuation, with 95 % intervals over receipts"
+    _check_pairs(preds, truths)
+    shares = [_shares(pred, true, locale) for pred, true in zip(preds, truths)]
+    weights = np.vstack([np.ones(len(truths)), bootstrap_weights(len(truths), seed=seed)]) # first: each once
+    sums = {name: (weights @ np.array([one[name] for one in shares], float)).T for name in shares[0]}
+    draws = {name: gained/np.maximum(possible, 1e-9) for name, (gained, possible) in sums.items() if possible[0]}
+    return {name: float(values[0]) for name, values in draws.items()} | dict(
+        ci={name: interval(values[1:]) for name, values in draws.items()})
 
 # %% ../nbs/11b_fields.ipynb #9a449820
 def _wanted(run, group):

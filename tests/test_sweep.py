@@ -1,0 +1,201 @@
+"Real sweeps on the embedded base: a better rate is found, a killed sweep goes on, workers share one storage."
+import json, os, signal, sqlite3, subprocess, sys, time
+
+import optuna
+import pytest
+from cord import shop_heads
+from vlm_tutor import sweep as chapter
+from vlm_tutor.config import find_config, load_config
+from vlm_tutor.core import RunFolder, VlmError, read_json_file, read_jsonl, read_yaml, write_yaml
+from vlm_tutor.metrics import field_f1, read_json, read_predictions
+from vlm_tutor.sweep import Axis, draw, finished, importance, open_study, read_axis, read_plan, sweep
+from vlm_tutor.train import events
+
+COMMAND = [sys.executable, "-m", "vlm_tutor.cli", "sweep"]
+RATES = {"from": 5e-4, "to": 2e-2, "log": True}
+
+
+def write(folder, search=None, trials=4, name="shops", changes=(), **block):
+    "A configuration with a block `sweep` in `folder`"
+    values = read_yaml(find_config("tiny")) | dict(
+        dataset_dir=str(folder / "shops"), dataset="shops", eval_dataset="shops_validation", learning_rate=1e-3,
+        per_device_train_batch_size=4, num_train_epochs=4, plot_loss=False, output_dir=str(folder / f"runs/{name}"))
+    block = dict(search=search or dict(learning_rate=RATES), trials=trials, seed=1) | block
+    return str(write_yaml(folder / f"{name}.yaml", values | dict(changes) | dict(sweep=block)))
+
+
+def vlm(*words): return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    shop_heads(folder, train=32, validation=8, test=8)
+    return folder
+
+
+def kill_in_second_trial(config, log):
+    "Start the verb and end it by force once its second trial has taken a step"
+    process = subprocess.Popen([*COMMAND, config], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (log.exists() and '"step"' in log.read_text()): time.sleep(.1)
+    process.send_signal(signal.SIGKILL)
+    return process.communicate()
+
+
+@pytest.fixture(scope="module")
+def resumed(place):
+    "A sweep that was killed in its second trial, and its second half"
+    config, trials = write(place), place / "runs/shops-sweep/trials"
+    kill_in_second_trial(config, trials / "0001/log.jsonl")
+    first = (trials / "0000/log.jsonl").stat().st_mtime_ns
+    return config, first, sweep(config)
+
+
+def test_a_sweep_finds_a_better_rate_than_the_one_it_starts_from(resumed):
+    config, _, found = resumed
+    rows = {row["trial"]: row for row in found["trials"]}
+    assert rows[0]["learning_rate"] == 1e-3 and found["best"]["trial"] != 0
+    assert found["best"]["field_f1"] > rows[0]["field_f1"] + .2
+    gain = found["test"]["gain"]
+    assert gain["ci"][0] > 0 and found["test"][str(found["best"]["trial"])]["n"] == 8
+    assert load_config(found["folder"] + "/best.yaml").learning_rate == found["best"]["params"]["learning_rate"]
+
+
+def test_a_killed_sweep_does_nothing_twice_and_tries_what_it_would_have_tried(resumed, place):
+    _, first, found = resumed
+    trials = place / "runs/shops-sweep/trials"
+    assert (trials / "0000/log.jsonl").stat().st_mtime_ns == first
+    assert sorted(path.name for path in trials.iterdir()) == ["0000", "0001", "0002", "0003"]
+    tried = {row["trial"]: row["learning_rate"] for row in found["trials"]}
+    for number in tried.keys() - {0}:
+        fresh = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1000 + number, multivariate=False))
+        assert fresh.ask().suggest_float("learning_rate", 5e-4, 2e-2, log=True) == tried[number]
+
+
+def test_scores_are_those_of_the_answers_on_file(resumed):
+    _, _, found = resumed
+    for row in found["trials"]:
+        rows = read_predictions(f"{found['folder']}/trials/{row['trial']:04}", "finetuned-model", "validation")
+        truths = [json.loads(one["truth"]) for one in rows]
+        assert row["field_f1"] == pytest.approx(field_f1([read_json(one["raw"]) for one in rows], truths))
+
+
+def test_each_image_is_looked_at_once_for_all_trials(resumed):
+    rows = [row for file in RunFolder(resumed[2]["folder"]).path.glob("features/*.jsonl") for row in read_jsonl(file)]
+    assert len(rows) == len({row["image"] for row in rows}) == 48
+
+
+def test_another_space_is_refused_and_the_same_command_has_nothing_to_do(resumed, place):
+    config, _, found = resumed
+    assert sweep(config) == found
+    other = write(place, dict(learning_rate=RATES | {"to": .1}))
+    with pytest.raises(VlmError, match="belongs to another sweep. It differs in: search"): sweep(other)
+    write(place)
+
+
+@pytest.fixture(scope="module")
+def shared(place):
+    "Two workers, two aims, and a prompt that is searched"
+    config = write(place, dict(lora_rank=[2, 4], prompt=[None, "Which shop?"]), 2, "pair", dict(max_steps=2),
+                   objective=["field_f1", "memory"])
+    done = vlm(config, "--workers", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_workers_share_the_trials(shared):
+    assert sum(shared["states"].values()) == shared["states"]["complete"] == 2
+    folder, asked = RunFolder(shared["folder"]).path, {None: "Read the name of the shop as JSON."}
+    for row in shared["trials"]:
+        run = folder / f"trials/{row['trial']:04}"
+        assert len(events(RunFolder(run), "start")) == 1 and RunFolder(run).config()["lora_rank"] == row["lora_rank"]
+        rows = read_predictions(run, "finetuned-model", "validation")
+        assert {one["prompt"] for one in rows} == {asked.get(row["prompt"], row["prompt"])}
+
+
+def test_the_front_holds_what_no_other_trial_beats(shared):
+    rows = shared["trials"]
+    def beaten(a, b): return (b["field_f1"] >= a["field_f1"] and b["memory"] <= a["memory"]) and a != b
+    assert shared["front"] == sorted(a["trial"] for a in rows if not any(beaten(a, b) for b in rows))
+    assert all(200 < row["memory"] < 4000 for row in rows)
+
+
+# --- refused before anything starts -----------------------------------------------------------------------------------
+BLOCKS = [(dict(search=dict(learning_rat=[1, 2])), "unknown key 'learning_rat' in sweep.search. Did you mean"),
+          (dict(search=dict(lr=[1e-3, 1e-2])), "Did you mean 'learning_rate'?"),
+          (dict(search=dict(promt=["a", "b"])), "Did you mean 'prompt'?"),
+          (dict(search=dict(lora_rank=[0, 4])), "lora_rank is 0. Allowed: above 0"),
+          (dict(search=dict(finetuning_type=["lora", "loar"])), "Did you mean 'lora'?"),
+          (dict(search=dict(learning_rate={"from": 0, "to": 1, "log": True})), "from a number above 0"),
+          (dict(search=dict(seed=[1, 2])), "a lucky seed"), (dict(objectiv="field_f1"), "Did you mean 'objective'?"),
+          (dict(objective="f1"), "unknown score in sweep.objective 'f1'"), (dict(trials=0), "trials is 0"),
+          (dict(objective=["field_f1", "minutes", "memory"]), "names 3 aims"), (dict(search=7), "sweep.search is 7")]
+
+
+@pytest.mark.parametrize("block, said", BLOCKS, ids=lambda x: str(x)[:40])
+def test_a_wrong_block_is_one_clear_sentence(tmp_path, block, said):
+    with pytest.raises(VlmError) as error: read_plan(write(tmp_path, **block))
+    assert said in str(error.value)
+
+
+def test_the_verb_refuses_a_wrong_key_before_it_writes(tmp_path):
+    done = vlm(write(tmp_path, dict(rank=[4, 8])))
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "Did you mean 'lora_rank'?" in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_a_storage_in_use_is_refused(place):
+    config, file = write(place, name="busy"), place / "busy.db"
+    open_study(read_plan(config), f"sqlite:///{file}")
+    holder = sqlite3.connect(file, isolation_level=None)
+    holder.execute("begin exclusive")
+    with pytest.raises(VlmError, match="'busy.db': database is locked. Another program holds it"):
+        sweep(config, storage=str(file))
+    holder.close()
+
+
+def test_a_storage_with_something_else_in_it_is_refused(place):
+    config = write(place, name="strange")
+    (place / "text.db").write_text("no data base, but a text that is long enough to be taken for one" * 20)
+    with pytest.raises(VlmError, match="file is not a database. Choose another --storage"):
+        sweep(config, storage=str(place / "text.db"))
+    url = f"sqlite:///{place / 'foreign.db'}"
+    study = optuna.create_study(storage=url, study_name="strange-sweep")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(VlmError, match="'strange-sweep' in that storage was not made by vlm sweep"):
+        sweep(config, storage=str(place / "foreign.db"))
+    with pytest.raises(VlmError, match="cannot use storage 'nosuch://x/y'"): sweep(config, storage="nosuch://x/y")
+
+
+def test_without_optuna_the_extra_is_named(place, monkeypatch):
+    monkeypatch.setattr(chapter, "find_spec", lambda name: None)
+    with pytest.raises(VlmError, match=r"pip install 'vlm_tutor\[sweep\]'"): sweep(write(place, name="none"))
+
+
+# --- proposals --------------------------------------------------------------------------------------------------------
+def test_keys_without_effect_are_not_drawn(place):
+    words = ["lora", "full", "ia3"]
+    plan = read_plan(write(place, dict(lora_rank=[4, 8], use_dora=[True, False], finetuning_type=words)))
+    def keys(word): return set(draw(optuna.trial.FixedTrial(dict(
+        finetuning_type=word, lora_rank=4, use_dora=True)), plan))
+    assert keys("lora") == {"finetuning_type", "lora_rank", "use_dora"}
+    assert keys("full") == keys("ia3") == {"finetuning_type"}
+
+
+def test_alpha_follows_the_rank_unless_the_file_names_it(place):
+    from vlm_tutor.sweep import trial_config
+    plan = read_plan(write(place, dict(lora_rank=[4, 8])))
+    assert trial_config(plan, dict(lora_rank=4)).lora_alpha == 32  # the preset tiny names it
+    values = {name: v for name, v in read_yaml(place / "shops.yaml").items() if name != "lora_alpha"}
+    plan = read_plan(str(write_yaml(place / "free.yaml", values)))
+    assert trial_config(plan, dict(lora_rank=4)).lora_alpha == 8
+
+
+def test_importance_finds_the_key_that_decides():
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=3))
+    study.optimize(lambda t: -(t.suggest_float("a", 0, 1) - .7) ** 2 + 0 * t.suggest_float("b", 0, 1), n_trials=60)
+    plan = read_plan("tiny")
+    plan.axes = [Axis("a", low=0., high=1.), Axis("b", low=0., high=1.)]
+    shares = importance(study, plan)
+    assert shares["a"] > .7 and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert finished(study)[0].value == max(t.value for t in study.trials)
