@@ -27,6 +27,7 @@ from .core import VlmError, atomic_write, read_json_file, say
 from .features import reuse_memory
 from .lean import MEMORY, answer_only, lean_loss, open_layers, pack, why_not_lean
 from .lora import TOWERS, decoder, no_chatter, numbers, save_adapter_files
+from .qat import write_grid
 from .soft import has_prefix
 
 # %% ../nbs/17a_engine.ipynb #1cd78332
@@ -427,6 +428,7 @@ def save(self: Engine,
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
         if hasattr(self.model, 'peft_config'): save_adapter_files(self.model, half, self.adapter())
+        write_grid(half, self.config)
         save_file(self.tensors(), half/'optimizer.safetensors')
         atomic_write(half/STATE, json.dumps(self._state(), indent=1) + '\n')
     self._wait()

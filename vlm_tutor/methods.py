@@ -383,7 +383,7 @@ add_method(Method(
     cost='as full, and rounding in each pass',
     fits='a phone or an edge box that computes in 4 or 8 bits',
     avoid='you serve in 16 bits',
-    native='',
+    native='finetuning_type=qat',
     factory='',
     paper='Liu and others (LLM-QAT), 2023', arxiv='2305.17888', adds=False))
 
@@ -396,7 +396,7 @@ add_method(Method(
     cost='as lora, and rounding of whole matrices in each pass',
     fits='edge deployment without the memory of full QAT',
     avoid='you serve in 16 bits',
-    native='',
+    native='finetuning_type=qat_lora',
     factory='',
     paper='Jeon, Kim and Kim (L4Q), 2024', arxiv='2402.04902'))
 

@@ -437,7 +437,8 @@ def facts(self: Family) -> dict: # label: text
             'tower, merger, language model': f'model.{self.tower}, model.{self.merger}, model.{self.language}',
             'LoRA beside': self.targets, 'whole in quantisation': ', '.join(self.skip), 'published in': self.source,
             'image rule': f'{self.rule} {self.values}', 'a turn begins': self.chat,
-            'rule tested': self.why_untested or f'against {self.images.split(":")[1]}', 'LLaMA-Factory template': self.template or 'none',
+            'rule tested': self.why_untested or f'against {self.images.split(":")[1]}',
+            'LLaMA-Factory template': self.template or 'none',
             'native engine': 'trains' if self.trains else 'not tested on this family'}
 
 # %% ../nbs/02_models.ipynb #dfb89e97

@@ -128,7 +128,7 @@ def check_base(
                        remedy='Use the base it was trained on, or train again')
 
 # %% ../nbs/17_predict.ipynb #a7fd372d
-KINDS = dict(dict.fromkeys(LORA, 'LORA'), ia3='IA3', prompt='PROMPT_TUNING', prefix='PREFIX_TUNING')
+KINDS = dict(dict.fromkeys((*LORA, 'qat_lora'), 'LORA'), ia3='IA3', prompt='PROMPT_TUNING', prefix='PREFIX_TUNING')
 
 def check_kind(
     config, # a `Config`
@@ -207,6 +207,7 @@ def load_run_model(
     "The base that a configuration names, perhaps with an adapter, and its preprocessing"
     device, dtype = choose_device(config, device)
     check_kernels(config, device)
+    from vlm_tutor.qat import read_grid, settled
     from vlm_tutor.soft import can_merge, load_adapter
     from vlm_tutor.tiny import resolve_model
     preprocess = load_preprocess(config)
@@ -218,7 +219,8 @@ def load_run_model(
     if adapter: check_base(adapter, config.model_name_or_path, found)
     if adapter and not whole:
         model = load_adapter(model, adapter)
-        if dtype.itemsize == 4 and can_merge(model): model = model.merge_and_unload()
+        if read_grid(adapter): model = settled(model)
+        elif dtype.itemsize == 4 and can_merge(model): model = model.merge_and_unload()
     return model.eval(), preprocess, found
 
 # %% ../nbs/17_predict.ipynb #2d3d9764
@@ -252,7 +254,9 @@ def stands_alone(
 ) -> bool:
     "Can a group not share one base with others? Only adapters inside the layers can be switched off"
     if folder is None or holds_model(folder): return folder is not None
-    return read_json_file(Path(folder)/ADAPTER_FILES[0])['peft_type'] not in ('LORA', 'IA3')
+    from vlm_tutor.qat import read_grid
+    kind = read_json_file(Path(folder)/ADAPTER_FILES[0])['peft_type']
+    return kind not in ('LORA', 'IA3') or read_grid(folder) is not None # rounded layers fit no other group
 
 # %% ../nbs/17_predict.ipynb #b8e02fa4
 def answer_limit(
