@@ -7,9 +7,10 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/predict.html.md"""
 # %% auto #0
 __all__ = ['REHEARSED', 'ADAPTER_FILES', 'BASE_FILE', 'KINDS', 'split_examples', 'rehearsal_rows', 'training_splits',
            'model_hash', 'adapter_hash', 'holds_model', 'choose_adapter', 'check_base', 'check_kind', 'touches_vision',
-           'choose_device', 'load_preprocess', 'load_run_model', 'switch', 'stands_alone', 'answer_limit', 'json_depth',
-           'JsonEnd', 'asks_for_json', 'read_schema', 'schema_processor', 'Sureness', 'generate_sure', 'generate',
-           'answer_batch', 'image_hash', 'what_changed', 'set_aside', 'rows_on_file', 'predict']
+           'choose_device', 'load_preprocess', 'load_run_model', 'adapter_word', 'switch', 'stands_alone',
+           'answer_limit', 'json_depth', 'JsonEnd', 'asks_for_json', 'read_schema', 'schema_processor', 'Sureness',
+           'generate_sure', 'generate', 'answer_batch', 'image_hash', 'what_changed', 'set_aside', 'rows_on_file',
+           'predict']
 
 # %% ../nbs/17_predict.ipynb #af544448
 import json, os, random, time
@@ -223,6 +224,13 @@ def load_run_model(
         elif dtype.itemsize == 4 and can_merge(model): model = model.merge_and_unload()
     return model.eval(), preprocess, found
 
+# %% ../nbs/17_predict.ipynb #227b6485
+def adapter_word(
+    name: str, # of a group
+) -> str: # what PEFT calls its adapter
+    "A word for PEFT, which takes no dot, nor the name of a method such as half"
+    return f'group_{name.encode().hex()}'
+
 # %% ../nbs/17_predict.ipynb #2d3d9764
 def switch(
     config, # a `Config`
@@ -237,13 +245,12 @@ def switch(
     model, preprocess, base = loaded or load_run_model(config, None, device)
     from peft import PeftModel
     from vlm_tutor.lora import no_chatter
-    name = f'group_{name.encode().hex()}' # PEFT takes no dot, nor the name of a method such as half
     if folder:
         check_base(folder, config.model_name_or_path, base)
         with no_chatter():
-            if isinstance(model, PeftModel): model.load_adapter(folder, name)
-            else: model = PeftModel.from_pretrained(model, folder, name)
-            model.set_adapter(name)
+            if isinstance(model, PeftModel): model.load_adapter(folder, adapter_word(name))
+            else: model = PeftModel.from_pretrained(model, folder, adapter_word(name))
+            model.set_adapter(adapter_word(name))
             model.base_model.enable_adapter_layers()
     elif isinstance(model, PeftModel): model.base_model.disable_adapter_layers()
     return model.eval(), preprocess, base
