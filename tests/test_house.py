@@ -9,7 +9,7 @@ from checkout import *
 LIGHT = """core doctor report methods models config memory schema receipts tables pages examples sources sharegpt check
     splits augment metrics certainty fields endpoint predict factory sweep crossval compare robust curves errors extract
     correct forgetting serve bench quickstart cli all""".split()
-FREE = "tiny pretrain collate features lora lean soft moe engine train export".split()
+FREE = "tiny pretrain collate features lora lean qat soft moe engine train export".split()
 HEAVY = ["torch", "transformers", "peft", "datasets", "matplotlib"]
 
 # Published numbers: links and habits hang on them. A new chapter gets a new number or a letter.
