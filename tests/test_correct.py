@@ -82,8 +82,9 @@ def test_the_fence():
 def test_review_finds_the_planted_label_and_knows_the_right_one(run, data):
     _, bad, right, total = data
     found = review(str(run.path))
-    assert [(d["id"], d["path"], d["label"], d["says"]) for d in found["doubts"]] == [
-        (bad, "total.total_price", "77,777", total)]
+    read, sums = found["doubts"]
+    assert (read["id"], read["path"], read["label"], read["says"]) == (bad, "total.total_price", "77,777", total)
+    assert sums["id"] == bad and sums["why"].startswith("total 77777 + change")
     rows = list(csv.DictReader(open(found["list"], encoding="utf-8")))
     assert rows[0] == dict(id=bad, split="train", path="total.total_price", label="77,777", says=total,
                            why="read otherwise by vanilla-model, finetuned-model", correction="")
@@ -153,7 +154,6 @@ def test_decide_undo_reload_and_apply(run, data, tmp_path, width):
         click(browser, "accept", others[1])
         assert "open" not in state(browser) and browser.run("document.querySelector('#count').textContent")[0] == "3"
         click(browser, "undo")
-        browser.events.clear()
         reload(browser)
         assert state(browser).split()[others[1]] == "open" and state(browser).count("open") == 1
         assert browser.run(f"JSON.parse(document.querySelector('#r{bad} textarea').value).total.total_price") == data[3]
@@ -163,8 +163,11 @@ def test_decide_undo_reload_and_apply(run, data, tmp_path, width):
 
 
 def reload(browser):
+    browser.run("window.old=1")
     browser.call("Page.reload")
-    while not any(event.get("method") == "Page.loadEventFired" for event in browser.events): browser.call("Page.enable")
+    while True:
+        try: return browser.wait("!window.old && document.readyState=='complete'")
+        except RuntimeError: pass  # asked between two documents
 
 
 def check_download(browser, data, tmp_path, ids, accepted):
@@ -211,7 +214,7 @@ def test_a_csv_list_does_the_same(run, data, tmp_path):
     with open(sheet, "w", encoding="utf-8-sig", newline="") as file:
         out = csv.DictWriter(file, rows[0].keys())
         out.writeheader()
-        out.writerows(row | dict(correction=data[3]) for row in rows)
+        out.writerows(row | dict(correction=data[3] if row["path"] else "") for row in rows)
     assert correct(str(data[0]), str(sheet), str(tmp_path / "new"))["changes"][0]["after"] == data[2]
 
 
