@@ -455,7 +455,8 @@ def _correct_result(facts, data, parts):
     out, sizes = facts['folder'], ', '.join(f'{len(found)} {part}' for part, found in parts.items())
     text = [f"labels  {facts['corrected']} corrected, {facts['accepted']} accepted as they are ({sizes})",
             f"data    {out}, data set '{facts['name']}'; {data} is as it was",
-            f"list    {Path(out)/'corrections.jsonl'}", f'next    vlm check {out}', f'        vlm train CONFIG data={out}']
+            f"list    {Path(out)/'corrections.jsonl'}", f'next    vlm check {out}',
+            f'        vlm train CONFIG data={out}']
     return Result(facts, '\n'.join(text))
 
 # %% ../nbs/22b_correct.ipynb #22bd7b7f
