@@ -22,6 +22,7 @@ from .config import Config, ineffective_keys
 from .core import (ASSETS, CONFIGS, PACKAGE, Example, Result, VlmError, append_jsonl, asset, atomic_write,
                             check_choice, content_hash, json_line, machine, md_table, nearest, read_json_file,
                             read_jsonl, read_yaml, say, show_value, table, venvs_folder, versions, write_yaml)
+from .claims import claim_files, claims_result, measure_arms
 from .curves import curve_files, curves_result, measure_curves
 from .doctor import ENVIRONMENTS, make_venv
 from .predict import load_run_model
@@ -912,7 +913,7 @@ def _check_numbers(experiment, points):
 def _list_experiments():
     "The experiments with the first line of each file"
     rows = [dict(experiment=name, what=path.read_text().splitlines()[0].lstrip('# '))
-            for name, path in (experiments() | curve_files()).items()]
+            for name, path in (experiments() | curve_files() | claim_files()).items()]
     return Result({row['experiment']: row['what'] for row in rows}, table(rows) + '\n\nnext  vlm bench mini',
                   md_table(rows))
 
@@ -922,9 +923,10 @@ def _command(name, points, repeats, overrides):
                      *([f'--repeats {repeats}'] if repeats else [])])
 
 def _curves(name, points, out, work, changes):
-    "An experiment of 21c_curves"
+    "An experiment of 21c_curves or 21d_claims"
     if changes: raise VlmError(f"'{changes[0]}' does not go with experiment '{name}'", remedy='Copy and edit its file')
     file = result_file(name, out, work, not points)
+    if name in claim_files(): return claims_result(measure_arms(name, work, points), file)
     return curves_result(measure_curves(name, work, points), file)
 
 # %% ../nbs/25_bench.ipynb #13b1c5fb
@@ -939,7 +941,7 @@ def bench(
 ) -> Result:  # the record: points, engines, ratios, and all that tells how they came about
     "Measure our engine beside the peers, after a check that all learn the same"
     if name is None: return _list_experiments()
-    if name in curve_files(): return _curves(name, points, out, work, [*overrides, *['repeats']*bool(repeats)])
+    if name in curve_files() | claim_files(): return _curves(name, points, out, work, [*overrides, *['repeats']*bool(repeats)])
     experiment = load_experiment(name, [*overrides, *([f'repeats={repeats}'] if repeats else [])])
     chosen, place = all_points(experiment, points), Path(work)/experiment['name']
     check_device(experiment)
