@@ -10,15 +10,15 @@ __all__ = ['CLAIMS', 'MEASURES', 'STUDENT', 'claim_files', 'load_claims', 'arm_p
            'arm_groups', 'judge_claim', 'measure_arms', 'arm_rows', 'claim_rows', 'plot_arms', 'claims_result']
 
 # %% ../nbs/21d_claims.ipynb #e8e7b12e
-import json, os, statistics, time
+import json, statistics, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 from .config import load_config
 from .core import (COLOURS, CONFIGS, Result, RunFolder, VlmError, atomic_write, check_choice, content_hash,
-                            machine, md_table, progress, read_json_file, table, versions)
-from .curves import check_points, curve_data, read_experiment
+                            md_table, progress, read_json_file, table)
+from .curves import check_points, curve_data, provenance, read_experiment
 from .forgetting import forgetting
 from .metrics import evaluate
 from .predict import predict
@@ -40,6 +40,7 @@ def load_claims(
 ) -> dict: # the experiment
     "Read an experiment and check every word of it"
     found = read_experiment(claim_files().get(str(name)) or Path(name), CLAIMS)
+    if found['seeds'] > 10: raise VlmError(f"seeds is {found['seeds']}", 'Allowed: at most 10')
     for arm in found['once']: check_choice('arm under once', arm, found['arms'])
     for text, claim in found['claims'].items():
         if set(claim) != {'measure', 'more', 'less'}:
@@ -222,14 +223,9 @@ def measure_arms(
     record = dict(groups=groups, kept_before=_kept(experiment, folder, chosen, groups))
     claims = [judge_claim(record, text, claim) for text, claim in experiment['claims'].items()]
     some = ' '.join(['', '--points', *map(repr, only)]) if only else ''
-    return _provenance(experiment, f'vlm bench {name}{some}') | record | dict(claims=claims)
-
-def _provenance(experiment, command):
-    "What is needed to check a record"
-    made, hardware = versions(), machine() | dict(threads=os.environ.get('OMP_NUM_THREADS'))
     kept = {key: experiment[key] for key in ('what', 'preset', 'rows', 'changes', 'arms', 'seed', 'later', 'probes')}
-    return dict(command=command, experiment=experiment['name'], n=experiment['test'], **kept, hardware=hardware,
-                commit=made.pop('commit'), versions=made)
+    return dict(command=f'vlm bench {name}{some}', experiment=experiment['name'], n=experiment['test'], **kept,
+                **record, claims=claims, **provenance())
 
 # %% ../nbs/21d_claims.ipynb #12eab2fa
 def _figure_of(groups, name, digits):

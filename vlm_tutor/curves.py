@@ -6,8 +6,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/curves.html.md"""
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'curve_files', 'read_experiment', 'load_curves', 'check_points', 'curve_points', 'point_scores',
-           'curve_data', 'measure_curves', 'middle_scores', 'curve_rows', 'curve_of', 'plot_curves', 'curves_result',
-           'show_curves']
+           'curve_data', 'provenance', 'measure_curves', 'middle_scores', 'curve_rows', 'curve_of', 'plot_curves',
+           'curves_result', 'show_curves']
 
 # %% ../nbs/21c_curves.ipynb #d7b45058
 import json, os
@@ -108,6 +108,11 @@ def curve_data(
     return folder/'data'
 
 # %% ../nbs/21c_curves.ipynb #1e2e566e
+def provenance() -> dict: # hardware, commit, versions
+    "On what, and with what, something is measured"
+    made, hardware = versions(), machine() | dict(threads=os.environ.get('OMP_NUM_THREADS'))
+    return dict(hardware=hardware, commit=made.pop('commit'), versions=made)
+
 def measure_curves(
     name: str|Path, # one of `curve_files`, or a YAML file
     work: str|Path = '.bench', # where runs go; the same command goes on from there
@@ -120,11 +125,10 @@ def measure_curves(
     chosen, data = {n: points[n] for n in points if not only or n in only}, curve_data(folder, experiment)
     groups = {point: point_scores(RunFolder(folder/point.replace('/', '-')), experiment['preset'], changes, data)
               for point, changes in progress(chosen.items(), len(chosen), experiment['name'], 'run')}
-    made, some = versions(), ' '.join(['', '--points', *map(repr, only)]) if only else ''
-    hardware = machine() | dict(threads=os.environ.get('OMP_NUM_THREADS'))
+    some = ' '.join(['', '--points', *map(repr, only)]) if only else ''
     kept = {key: experiment[key] for key in ('what', 'preset', 'rows', 'changes', 'vary', 'seed')}
     return dict(command=f'vlm bench {name}{some}', experiment=experiment['name'], n=experiment['test'], **kept,
-                groups=groups, hardware=hardware, commit=made.pop('commit'), versions=made)
+                groups=groups, **provenance())
 
 # %% ../nbs/21c_curves.ipynb #b4762297
 def middle_scores(
