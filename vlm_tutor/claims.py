@@ -27,7 +27,8 @@ from .train import events, train, trained_folder
 # %% ../nbs/21d_claims.ipynb #1986d058
 CLAIMS = dict(preset='tiny', rows=160, test=32, seeds=3, seed=0, probes=20, changes={}, arms={}, once=[], claims={},
               later={})
-MEASURES = dict(field_f1='field F1', peak_mib='peak MiB', seconds_per_step='seconds a step', trainable='trained numbers',
+MEASURES = dict(field_f1='field F1', peak_mib='peak MiB', seconds_per_step='seconds a step',
+                cpu_seconds='processor seconds', trainable='trained numbers',
                 adapter_mb='MB on disk', kept='kept of other tasks', loss='training loss')
 
 def claim_files() -> dict: # name: path
@@ -254,7 +255,7 @@ def arm_rows(
         row = {'arm': arm, 'seeds': len(groups), 'field F1': _figure_of(groups, 'field_f1', 3)}
         row |= {'95 % over receipts': '{:.2f} to {:.2f}'.format(*groups[0]['ci']['field_f1'])}
         row |= {'trained': f"{groups[0]['trainable']:,}", 's/step': _figure_of(groups, 'seconds_per_step', 2)}
-        row |= {'peak MiB': _figure_of(groups, 'peak_mib', 0), 'MB on disk': _figure_of(groups, 'adapter_mb', 2)}
+        row |= {'peak MiB': _figure_of(groups, 'peak_mib', 0), 'CPU-s': _figure_of(groups, 'cpu_seconds', 1), 'MB on disk': _figure_of(groups, 'adapter_mb', 2)}
         return row | ({'kept': _figure_of(groups, 'kept', 2)} if 'kept' in groups[0] else {'kept': ''})
     there = {arm: list(arm_groups(record, arm).values()) for arm in record['arms']}
     rows = [one(arm, groups) for arm, groups in there.items() if groups]
