@@ -13,7 +13,8 @@ every = pytest.mark.parametrize("name", claim_files())
 
 
 def group(**more):
-    return dict(field_f1=.5, ci=CI, peak_mib=100., seconds_per_step=1., cpu_seconds=9., adapter_mb=1., trainable=10, loss=.1) | more
+    return dict(field_f1=.5, ci=CI, peak_mib=100., seconds_per_step=1., cpu_seconds=9., adapter_mb=1.,
+                trainable=10, loss=.1) | more
 
 
 def record(**groups):

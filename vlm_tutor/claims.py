@@ -84,7 +84,8 @@ def train_apart(
     config, # a `Config`
 ) -> dict: # what `train` tells, peak_mib, cpu_seconds
     "Train in a process of its own; what it says goes to a log in the run folder"
-    run, code = RunFolder(config.output_dir), 'import sys; from vlm_tutor.claims import *; train_and_tell(*sys.argv[1:])'
+    code = 'import sys; from vlm_tutor.claims import train_and_tell; train_and_tell(*sys.argv[1:])'
+    run = RunFolder(config.output_dir)
     run.path.mkdir(parents=True, exist_ok=True)
     given, told, log = (run.path/name for name in ('asked.yaml', 'told.json', 'log.txt'))
     write_yaml(given, as_dict(config))
@@ -244,8 +245,8 @@ def measure_arms(
 def _figure_of(groups, name, digits):
     "Mean over seeds, with the range where there are several"
     values = [group[name] for group in groups]
-    if len(values) == 1: return f'{values[0]:.{digits}f}'
-    return f'{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})'
+    low, mean, high = (f'{f(values):.{digits}f}' for f in (min, statistics.mean, max))
+    return mean if low == high else f'{mean} ({low} to {high})'
 
 def arm_rows(
     record: dict, # from `measure_arms`
@@ -255,7 +256,8 @@ def arm_rows(
         row = {'arm': arm, 'seeds': len(groups), 'field F1': _figure_of(groups, 'field_f1', 3)}
         row |= {'95 % over receipts': '{:.2f} to {:.2f}'.format(*groups[0]['ci']['field_f1'])}
         row |= {'trained': f"{groups[0]['trainable']:,}", 's/step': _figure_of(groups, 'seconds_per_step', 2)}
-        row |= {'peak MiB': _figure_of(groups, 'peak_mib', 0), 'CPU-s': _figure_of(groups, 'cpu_seconds', 1), 'MB on disk': _figure_of(groups, 'adapter_mb', 2)}
+        row |= {'peak MiB': _figure_of(groups, 'peak_mib', 0), 'CPU-s': _figure_of(groups, 'cpu_seconds', 1),
+                'MB on disk': _figure_of(groups, 'adapter_mb', 2)}
         return row | ({'kept': _figure_of(groups, 'kept', 2)} if 'kept' in groups[0] else {'kept': ''})
     there = {arm: list(arm_groups(record, arm).values()) for arm in record['arms']}
     rows = [one(arm, groups) for arm, groups in there.items() if groups]

@@ -614,9 +614,10 @@ def show_load(
     "A record with its provenance"
     on, made, told = record['hardware'], record['versions'], record['settings']
     return md_table(load_rows(record)) + (
-        f"\n\n`{record['command']}` · {on['cpu']}, {on['threads'] or 'all'} thread · torch {made['torch']}, transformers "
-        f"{made['transformers']} · commit {record['commit'] or 'unknown'} · {told['model']}, {told['requests']} requests, "
-        f"{record['distinct']} different answers of at most {told['max_tokens']} tokens, batches up to {told['batch_size']}")
+        f"\n\n`{record['command']}` · {on['cpu']}, {on['threads'] or 'all'} thread · torch {made['torch']}, "
+        f"transformers {made['transformers']} · commit {record['commit'] or 'unknown'} · {told['model']}, "
+        f"{told['requests']} requests, {record['distinct']} different answers of at most {told['max_tokens']} tokens, "
+        f"batches up to {told['batch_size']}")
 
 def load_result(
     record: dict, # from `measure_load`
