@@ -69,6 +69,7 @@ def held_memory(
     except OSError: return peak_memory()
     return next(int(line.split()[1])/1024 for line in lines if line.startswith(what))
 
+# %% ../nbs/21d_claims.ipynb #9bbabea9
 def train_and_tell(
     config: str, # a YAML file
     told: str, # a JSON file to write
@@ -109,6 +110,7 @@ def _arm_config(run, preset, changes, data):
                  plot_loss=False, logging_steps=1)
     return load_config(preset, fixed | changes)
 
+# %% ../nbs/21d_claims.ipynb #a774bd97
 def arm_scores(
     run: RunFolder, # of one arm and seed
     preset: str, # what all arms share
@@ -221,6 +223,7 @@ def _kept(experiment, folder, points, groups):
     for point in asked: groups[point]['kept'] = found[point]
     return found.get('vanilla-model')
 
+# %% ../nbs/21d_claims.ipynb #6466e21a
 def measure_arms(
     name: str|Path, # one of `claim_files`, or a YAML file
     work: str|Path = '.bench', # where runs go; the same command goes on from there
@@ -242,6 +245,8 @@ def measure_arms(
                 **record, claims=claims, **provenance())
 
 # %% ../nbs/21d_claims.ipynb #12eab2fa
+def _mean(groups, name): return statistics.mean(group[name] for group in groups)
+
 def _figure_of(groups, name, digits):
     "Mean over seeds, with the range where there are several"
     values = [group[name] for group in groups]
@@ -264,6 +269,7 @@ def arm_rows(
     blank = [name for name in rows[0] if not any(row[name] for row in rows)] if rows else []
     return [{name: value for name, value in row.items() if name not in blank} for row in rows]
 
+# %% ../nbs/21d_claims.ipynb #940460e1
 def claim_rows(
     record: dict, # from `measure_arms`
 ) -> list: # dicts, one a claim
@@ -281,23 +287,24 @@ def claim_rows(
 # %% ../nbs/21d_claims.ipynb #5124998a
 def plot_arms(
     record: dict, # from `measure_arms`
-    measure: str = 'peak_mib', # what lies on the x axis, one of `MEASURES`
+    measure: str = 'peak_mib', # what stands beside the score, one of `MEASURES`
     path: str|Path|None = None, # a PNG to write
 ): # the figure
-    "Draw field F1 of each run against what it costs"
+    "Draw field F1 of each run beside what it costs, the best arm on top"
     from matplotlib.figure import Figure
     check_choice('measure', measure, MEASURES)
-    fig = Figure(figsize=(6.5, 4), dpi=130, layout='constrained')
-    ax = fig.subplots()
-    for arm in record['arms']:
-        groups = list(arm_groups(record, arm).values())
-        if not groups: continue
-        x, y = ([group[name] for group in groups] for name in (measure, 'field_f1'))
-        ax.plot(x, y, 'o', color=COLOURS['finetuned-model'], ms=4, alpha=.7)
-        ax.annotate(arm, (statistics.mean(x), statistics.mean(y)), (5, 4), textcoords='offset points', fontsize=8)
-    ax.set(xlabel=MEASURES[measure], ylabel='field F1', ylim=(0, None))
-    ax.margins(x=.15)
-    ax.spines[['top', 'right']].set_visible(False)
+    there = {arm: list(arm_groups(record, arm).values()) for arm in record['arms']}
+    order = sorted((arm for arm in there if there[arm]), key=lambda arm: _mean(there[arm], 'field_f1'))
+    fig = Figure(figsize=(7, 1 + .25*len(order)), dpi=130, layout='constrained')
+    for ax, name in zip(fig.subplots(1, 2, sharey=True), ('field_f1', measure)):
+        for y, arm in enumerate(order):
+            ax.plot([group[name] for group in there[arm]], [y]*len(there[arm]), 'o', alpha=.7, ms=4,
+                    color=COLOURS['finetuned-model'])
+        ax.set_yticks(range(len(order)), order, fontsize=8)
+        ax.set_title(MEASURES[name], fontsize=9, loc='left')
+        ax.set_xlim(0)
+        ax.grid(axis='y', color='#dadce0', lw=.5)
+        ax.spines[['top', 'right']].set_visible(False)
     if path: fig.savefig(path)
     return fig
 
