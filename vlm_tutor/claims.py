@@ -81,6 +81,7 @@ def train_and_tell(
     done |= dict(peak_mib=held_memory('VmHWM') - before, cpu_seconds=time.process_time() - began)
     atomic_write(told, json.dumps(done) + '\n')
 
+# %% ../nbs/21d_claims.ipynb #06b1cb81
 def train_apart(
     config, # a `Config`
 ) -> dict: # what `train` tells, peak_mib, cpu_seconds

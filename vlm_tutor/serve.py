@@ -594,7 +594,8 @@ def measure_load(
     found |= {'overload': test(experiment['tight'], crowd, [many])[many]}
     groups = {str(n): load_row(one, (right*many)[:len(one['answers'])]) for n, one in found.items()}
     return dict(command=f'vlm bench {name}', experiment=experiment['name'], what=experiment['what'], groups=groups,
-                distinct=len(set(right)), settings={key: experiment[key] for key in LOAD}, **provenance())
+                n=len(asked), seed=experiment['seed'], distinct=len(set(right)), settings={key: experiment[key] for key in LOAD},
+                **provenance())
 
 # %% ../nbs/24_serve.ipynb #49416cb4
 def load_rows(
@@ -619,6 +620,7 @@ def show_load(
         f"{told['requests']} requests, {record['distinct']} different answers of at most {told['max_tokens']} tokens, "
         f"batches up to {told['batch_size']}")
 
+# %% ../nbs/24_serve.ipynb #3698cb39
 def load_result(
     record: dict, # from `measure_load`
     file: str|Path, # where the record goes
