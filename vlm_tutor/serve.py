@@ -594,8 +594,8 @@ def measure_load(
     found |= {'overload': test(experiment['tight'], crowd, [many])[many]}
     groups = {str(n): load_row(one, (right*many)[:len(one['answers'])]) for n, one in found.items()}
     return dict(command=f'vlm bench {name}', experiment=experiment['name'], what=experiment['what'], groups=groups,
-                n=len(asked), seed=experiment['seed'], distinct=len(set(right)), settings={key: experiment[key] for key in LOAD},
-                **provenance())
+                n=len(asked), seed=experiment['seed'], distinct=len(set(right)),
+                settings={key: experiment[key] for key in LOAD}, **provenance())
 
 # %% ../nbs/24_serve.ipynb #49416cb4
 def load_rows(
