@@ -342,8 +342,8 @@ def test_the_experiment_in_its_quick_mode(tmp_path):
     assert "serve" in bench()
     file = write_yaml(tmp_path/"quick.yaml", dict(requests=4, max_tokens=10, clients=[4], tight=2, overload=10))
     told = s.measure_load(file, tmp_path)
-    assert set(told["points"]) == {"1", "4", "overload"}
-    for row in told["points"].values(): assert row["lost"] == row["crossed"] == row["different"] == 0
-    over = told["points"]["overload"]
+    assert set(told["tests"]) == {"1", "4", "overload"}
+    for row in told["tests"].values(): assert row["lost"] == row["crossed"] == row["different"] == 0
+    over = told["tests"]["overload"]
     assert over["requests"] == 20 == over["answered"] + over["refused"] and over["refused"] > 0
     with pytest.raises(VlmError, match="has no points"): bench("serve", points=["8"], work=str(tmp_path))

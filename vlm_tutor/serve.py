@@ -593,7 +593,7 @@ def measure_load(
     crowd = (asked*many)[:many]
     found |= {'overload': test(experiment['tight'], crowd, [many])[many]}
     groups = {str(n): load_row(one, (right*many)[:len(one['answers'])]) for n, one in found.items()}
-    return dict(command=f'vlm bench {name}', experiment=experiment['name'], what=experiment['what'], points=groups,
+    return dict(command=f'vlm bench {name}', experiment=experiment['name'], what=experiment['what'], tests=groups,
                 n=len(asked), seed=experiment['seed'], distinct=len(set(right)),
                 settings={key: experiment[key] for key in LOAD}, **provenance())
 
@@ -602,12 +602,12 @@ def load_rows(
     record: dict, # from `measure_load`
 ) -> list: # dicts, one a number of clients
     "A record as a table"
-    settings, base = record['settings'], record['points']['1']['per_second']
+    settings, base = record['settings'], record['tests']['1']['per_second']
     over = f"{settings['overload']*settings['tight']} at once, room for {settings['tight']}"
     return [{'clients': over if n == 'overload' else n, 'requests/s': f"{g['per_second']:.2f}",
              'times one': f"{g['per_second']/base:.2f}", 'p50 s': f"{g['p50']:.2f}", 'p99 s': f"{g['p99']:.2f}",
              **{name: g[name] for name in ('answered', 'refused', 'lost', 'crossed', 'different')}}
-            for n, g in record['points'].items()]
+            for n, g in record['tests'].items()]
 
 def show_load(
     record: dict, # from `measure_load`
