@@ -29,7 +29,7 @@ def test_shipped_experiments_are_whole(name):
 
 def test_the_experiments_of_the_house_are_there():
     wanted = {"vs_trainer", "vs_trl", "vs_llama_factory", "ablation", "scaling", "rows", "cord_gpu", "predict", "mini",
-              "save", "nted"}
+              "save", "nted", "equal_lengths"}
     assert set(b.experiments()) == wanted
 
 

@@ -8,8 +8,8 @@ from checkout import *
 # The torch wall: a chapter is on one side of it. Light modules never import HEAVY, not even through another module.
 LIGHT = """core doctor report methods models config memory schema receipts tables pages examples sources sharegpt check
     splits augment metrics certainty fields endpoint predict factory sweep crossval compare robust curves claims errors
-    extract forgetting serve bench quickstart cli all""".split()
-FREE = "tiny pretrain collate features lora lean soft moe engine train export".split()
+    extract correct forgetting serve bench quickstart cli all""".split()
+FREE = "tiny pretrain collate features lora lean qat soft moe engine train export".split()
 HEAVY = ["torch", "transformers", "peft", "datasets", "matplotlib"]
 
 # Published numbers: links and habits hang on them. A new chapter gets a new number or a letter.

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from cord import short_receipts
-from vlm_tutor.config import CHOICES, LORA, MEANING, SOFT, WEIGHTS, load_config
+from vlm_tutor.config import CHOICES, LORA, MEANING, QAT, SOFT, WEIGHTS, load_config
 from vlm_tutor.core import RunFolder, VlmError, read_json_file, read_jsonl
 from vlm_tutor.lean import why_not_lean
 from vlm_tutor.lora import count_trainable
@@ -14,10 +14,10 @@ from vlm_tutor.soft import BUILDERS, build_method, load_adapter
 from vlm_tutor.tiny import load_model
 from vlm_tutor.train import events, train, trained_folder
 
-RATES = dict(ia3=.2, full=1e-3, freeze=2e-3, prompt=.2, prefix=.2, p_tuning=5e-3)
+RATES = dict(ia3=.2, full=1e-3, qat=1e-3, freeze=2e-3, prompt=.2, prefix=.2, p_tuning=5e-3)
 WIDTH, LAYERS, KEYS, MLP, WORDS = 192, 5, 64, 512, 20  # of the embedded base; learned tokens
 every = pytest.mark.parametrize("word", MEANING)
-quick = {"qlora", "pissa", "full", "prefix", "p_tuning"}  # each goes on in a way of its own; the others as LoRA does
+quick = {"qlora", "pissa", "full", "prefix", "p_tuning", "qat_lora"}  # each goes on in a way of its own
 some = pytest.mark.parametrize("word", [word if word in quick else pytest.param(word, marks=pytest.mark.slow)
                                         for word in MEANING])
 
@@ -55,14 +55,15 @@ def expected_count(word):
     linear = [(WIDTH, WIDTH), (WIDTH, KEYS), (WIDTH, KEYS), (WIDTH, WIDTH), (WIDTH, MLP), (WIDTH, MLP), (MLP, WIDTH)]
     layer = sum(a * b for a, b in linear) + WIDTH + 2 * KEYS + 2 * WIDTH
     rows = load_model("tiny-receipts").get_input_embeddings().num_embeddings
-    known = dict(ia3=LAYERS * (2 * KEYS + MLP), full=LAYERS * layer + WIDTH + rows * WIDTH, freeze=2 * layer,
+    whole = LAYERS * layer + WIDTH + rows * WIDTH
+    known = dict(ia3=LAYERS * (2 * KEYS + MLP), full=whole, qat=whole, freeze=2 * layer,
                  prompt=WORDS * WIDTH, prefix=WORDS * LAYERS * 2 * KEYS,
                  p_tuning=WORDS * WIDTH + 3 * (WIDTH * WIDTH + WIDTH))
     return known.get(word, LAYERS * sum(8 * (a + b) + (b if word == "dora" else 0) for a, b in linear))
 
 
 def test_one_function_for_each_word():
-    assert set(BUILDERS) == set(CHOICES["finetuning_type"]) == set(MEANING) == {*LORA, *SOFT, *WEIGHTS, "ia3"}
+    assert set(BUILDERS) == set(CHOICES["finetuning_type"]) == set(MEANING) == {*LORA, *SOFT, *WEIGHTS, *QAT, "ia3"}
 
 
 @every
@@ -70,7 +71,7 @@ def test_as_many_numbers_learn_as_the_widths_say(runs, word):
     assert events(runs(word), "start")[0]["trainable"] == expected_count(word)
 
 
-@pytest.mark.parametrize("word", [word for word in MEANING if word not in (*WEIGHTS, "qlora")])
+@pytest.mark.parametrize("word", [word for word in MEANING if word not in (*WEIGHTS, "qlora", "qat")])
 def test_peft_counts_the_same(word):
     model = build_method(load_model("tiny-receipts"), load_config("tiny", dict(finetuning_type=word)))
     trainable, total = model.get_nb_trainable_parameters()
@@ -104,9 +105,9 @@ def test_what_was_saved_is_what_was_trained(runs, word):
     assert total / count == pytest.approx(events(run, "validation")[-1]["loss"], abs=2e-4)
 
 
-@pytest.mark.parametrize("word", [*LORA, "ia3"])
+@pytest.mark.parametrize("word", [*LORA, "ia3", "qat_lora"])
 def test_merged_into_the_base_it_says_the_same(runs, word):
-    "QLoRA's adapter goes into the base in 32 bits"
+    "QLoRA's adapter goes into the base in 32 bits; after QAT the merged sum is rounded"
     run = runs(word)
     config = load_config(run.config_file, dict(finetuning_type="lora"))
     _, preprocess, _ = load_run_model(config)

@@ -179,7 +179,7 @@ TABLE = [ # GB, case, the first row, worked by hand from the rules and the plan
     (16, Case(120, "best-quality"), "dora"),                                  # 4 against 3; full -4
     (16, Case(120, "iteration-speed"), "lora"),                               # 3 + 2
     (80, Case(120, "many-adapters"), "lora"),                                 # 3 + 2 against prompt's 4
-    (16, Case(120, "edge-deployment"), "lora"),                               # 3 + 1; qat_lora runs nowhere yet
+    (16, Case(120, "edge-deployment"), "qat_lora"),                           # 7 against lora's 3 + 1
     (80, Case(20000, "best-quality", "large"), "full"),                       # 2 + 3 + 2 against 4
     (80, Case(20000, "best-quality", "large", keep=True), "dora"),            # 7 - 5 against 4 + 1
     (80, Case(2000, "best-quality", stalled=True), "full"),                   # 2 + 9 against 4 - 2

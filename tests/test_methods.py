@@ -66,6 +66,7 @@ def peft_config(name):
         prefix=lambda: peft.PrefixTuningConfig(**soft, token_dim=256, num_attention_heads=2),
         p_tuning=lambda: peft.PromptEncoderConfig(**wide, encoder_hidden_size=1536),
         moe_attention=lambda: lora(qkvo), moe_experts=lambda: lora([], target_parameters=EXPERTS),
+        moe_attention_experts=lambda: lora(qkvo, target_parameters=EXPERTS),
         moe_all=lambda: lora(qkvo, target_parameters=[*EXPERTS, "mlp.gate.weight"]))
     return makers.get(name, lora)() # pissa, loraplus, qlora and others begin or store otherwise, and count as lora
 

@@ -16,6 +16,7 @@ from .check import check
 from .compare import compare
 from .config import load_config, show_config
 from .core import Example, Result, RunFolder, VlmError, md_table, table
+from .correct import correct, review
 from .crossval import crossval
 from .doctor import doctor
 from .errors import errors
@@ -42,8 +43,8 @@ from .sweep import sweep
 # %% ../nbs/27a_all.ipynb #51e8bc0e
 VERB_FUNCTIONS = [doctor, methods, models, show_config, plan, recommend, synth, show,
                   save_cord_dataset_in_sharegpt_format, save_dataset_in_sharegpt_format, register, check, split,
-                  augment, train, sweep, crossval, predict, evaluate, fields, compare, errors, forgetting, robust,
-                  serve, bench, quickstart]
+                  augment, train, sweep, crossval, predict, evaluate, fields, compare, errors, review, correct,
+                  forgetting, robust, serve, bench, quickstart]
 EVERYTHING = [Extractor, Example, Result, RunFolder, VlmError, load_config, load_examples, make_receipt, read_json,
               score, *VERB_FUNCTIONS]
 

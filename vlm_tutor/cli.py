@@ -49,7 +49,15 @@ VERBS |= {
         'Score every field as published tables do, the menu as a table, and test differences'),
     'compare': ('compare:compare',
         'Show groups side by side: tables with intervals, plots and one page with every receipt'),
+}
+
+# %% ../nbs/27_cli.ipynb #5420d8e4
+VERBS |= {
     'errors': ('errors:errors', 'Count errors by kind, show the worst receipts, and rank labels to doubt'),
+    'review': ('correct:review',
+        'Write a page on which you accept or correct the labels to doubt, and the same as a CSV file'),
+    'correct': ('correct:correct',
+        'Apply decisions about labels: write a new version of a data set, never over the old one'),
     'forgetting': ('forgetting:forgetting',
         'Measure what training took away: other tasks before and after, and what helps'),
     'robust': ('robust:robust',

@@ -27,6 +27,7 @@ from .core import VlmError, atomic_write, read_json_file, say
 from .features import reuse_memory
 from .lean import MEMORY, answer_only, lean_loss, open_layers, pack, why_not_lean
 from .lora import TOWERS, decoder, no_chatter, numbers, save_adapter_files
+from .qat import write_grid
 from .soft import has_prefix
 
 # %% ../nbs/17a_engine.ipynb #1cd78332
@@ -84,11 +85,13 @@ class PlainLoss:
         model, # a VLM, perhaps with an adapter
         preprocess, # a `Preprocess`
         sparse: bool = True, # logits at supervised positions only?
-    ): self.model, self.preprocess, self.sparse, self.memory = model, preprocess, sparse, 'keep'
+        balance: bool = False, # add the loss that balances experts, while it trains?
+    ): self.model, self.preprocess, self.sparse, self.memory, self.balance = model, preprocess, sparse, 'keep', balance
 
     def __call__(self, rows):
         batch = self.preprocess.collate(rows)
         batch = to_device(answer_only(batch) if self.sparse else batch, self.model.device)
+        if self.balance and self.model.training: batch['output_router_logits'] = True
         dtype = numbers(self.model)
         half = torch.autocast(self.model.device.type, dtype) if dtype.itemsize == 2 else nullcontext()
         with half: return self.model(**batch, use_cache=False).loss.float()*answer_tokens(rows)
@@ -154,9 +157,10 @@ def choose_loss(
     if not config.lean_forward: reason = 'lean_forward is off'
     else: reason = f'{kernels} works on the layers as they are' if kernels else why_not_lean(model)
     if not reason: return LeanLoss(model, config.flash_attn), None
+    if config.moe_aux_loss_coef: model.config.text_config.router_aux_loss_coef = float(config.moe_aux_loss_coef)
     if config.torch_compile:
         for layer in decoder(model).layers: layer.compile(dynamic=True)
-    return PlainLoss(model, preprocess, config.answer_only_logits), reason
+    return PlainLoss(model, preprocess, config.answer_only_logits, bool(config.moe_aux_loss_coef)), reason
 
 # %% ../nbs/17a_engine.ipynb #5f6fdbdc
 def rate_groups(
@@ -424,6 +428,7 @@ def save(self: Engine,
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
         if hasattr(self.model, 'peft_config'): save_adapter_files(self.model, half, self.adapter())
+        write_grid(half, self.config)
         save_file(self.tensors(), half/'optimizer.safetensors')
         atomic_write(half/STATE, json.dumps(self._state(), indent=1) + '\n')
     self._wait()

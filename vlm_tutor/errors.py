@@ -6,8 +6,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/errors.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'looped', 'text_error', 'value_error', 'value_errors', 'find_errors', 'count_errors', 'clusters', 'row_facts',
-           'suspect_labels', 'sums_wrong', 'filter_bad_predictions', 'filter_quality', 'plot_errors', 'worst_receipts',
-           'suspects_csv', 'errors']
+           'suspect_labels', 'needed_groups', 'sums_wrong', 'filter_bad_predictions', 'filter_quality', 'plot_errors',
+           'worst_receipts', 'suspects_csv', 'errors']
 
 # %% ../nbs/22_errors.ipynb #2d6bbdb1
 import csv, io, json, re
@@ -182,28 +182,37 @@ def _readings(together, groups):
             if not row.get('error')}
 
 # %% ../nbs/22_errors.ipynb #a8b8e360
-def _agreement(truth, read, path):
-    "What most groups read in a field and who they are; nothing when fewer than two agree, or they agree with the label"
+def _agreement(truth, read, path, least):
+    "What most groups read in a field and who they are; nothing when too few agree, or they agree with the label"
     votes = Counter(values.get(path) for values, _ in read.values())
     best, n = max(votes.items(), key=lambda vote: (vote[1], vote[0] or ()), default=(None, 0))
-    if n < 2 or best is None or best == truth.get(path): return None, []
+    if n < least or best is None or best == truth.get(path): return None, []
     return best, [group for group, (values, _) in read.items() if values.get(path) == best]
 
 def suspect_labels(
     groups: dict, # {group: rows}, the same receipts in the same order
+    least: int = 2, # groups that must agree with each other
 ) -> list: # dicts: id, path, label, agreed, groups, sure (0 to 1); most doubtful first
-    "Fields in which at least two groups agree with each other against the label"
+    "Fields in which groups agree with each other against the label"
     found = []
     for together in zip(*groups.values()):
         truth, read = _values(_true(together[0])), _readings(together, groups)
         for path in dict.fromkeys([*truth, *(path for values, _ in read.values() for path in values)]):
-            best, agree = _agreement(truth, read, path)
+            best, agree = _agreement(truth, read, path, least)
             if best is None: continue
             sure = [read[group][1] for group in agree if read[group][1] is not None]
             found.append(dict(id=together[0]['id'], path=path, label=' | '.join(truth.get(path, ())),
                               agreed=' | '.join(best), groups=agree,
                               sure=round(float(np.mean(sure)), 4) if sure else None))
     return sorted(found, key=lambda one: (-len(one['groups']), -(one['sure'] or 0)))
+
+# %% ../nbs/22_errors.ipynb #358536f2
+def needed_groups(
+    run: RunFolder, # of a run, or of a cross-validation
+    groups: dict, # {group: rows}
+) -> int: # 1 or 2
+    "How many groups must agree: one is enough when it has not seen the labels and is alone"
+    return 1 if len(groups) == 1 and (run.path/'folds.json').exists() else 2
 
 # %% ../nbs/22_errors.ipynb #fe08ca48
 def _number(doc, path, locale):
@@ -366,7 +375,7 @@ def errors(
     quality = {group: filter_quality(*filter_bad_predictions(part, locale=locale)) for group, part in rows.items()}
     odd = sum(bool(sums_wrong(_true(row), locale)) for row in rows[last])
     facts = dict(split=split, n=len(rows[last]), counts=count_errors(found), clusters=spread,
-                 suspects=suspect_labels(rows), filter=quality, sums_wrong_in_labels=odd)
+                 suspects=suspect_labels(rows, needed_groups(run, rows)), filter=quality, sums_wrong_in_labels=odd)
     return _errors_result(facts, last, _write(run, rows, facts, images, worst))
 
 # %% ../nbs/22_errors.ipynb #96cf8cb7
@@ -382,6 +391,6 @@ def _errors_result(facts, last, place):
              ('bad answers found without the truth, by form and sums', filters)]
     lines = [f"{len(facts['suspects'])} labels to doubt; in {facts['sums_wrong_in_labels']} the sums do not come out"]
     page, labels = place['errors.html'], place['suspects.csv']
-    tail = f'page    {page}\nlabels  {labels}\nnext    open {page} in a browser'
+    tail = f'page    {page}\nlabels  {labels}\nnext    vlm review {Path(page).parent.parent} --split {facts["split"]}'
     def text(draw): return [x for head, rows in heads if rows for x in (head, draw(rows))] + lines
     return Result(facts, '\n\n'.join([*text(table), tail]), '\n\n'.join(text(md_table)))

@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from .config import Config, load_config, method_keys
 from .core import Example, RunFolder, VlmError, check_choice, read_json_file
 from .metrics import read_json
-from .predict import (answer_limit, asks_for_json, choose_adapter, generate, split_examples, stands_alone,
-                               switch)
+from .predict import (adapter_word, answer_limit, asks_for_json, choose_adapter, generate, split_examples,
+                               stands_alone, switch)
 from .sources import DEFAULT_PROMPT
 
 # %% ../nbs/22a_extract.ipynb #55e68b62
@@ -106,7 +106,7 @@ def use(self: Extractor,
     "Make one adapter answer from now on"
     check_choice('model', name, self.adapters)
     if name != self.name and self.adapters[name]:
-        self.model.set_adapter(name)
+        self.model.set_adapter(adapter_word(name))
         self.model.base_model.enable_adapter_layers()
     elif name != self.name: self.model.base_model.disable_adapter_layers()
     self.name = name

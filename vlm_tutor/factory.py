@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from .config import (LORA, OWN_KEYS, WEIGHTS, as_dict, check_kernels, ineffective_keys, load_config,
-                              method_keys, method_name, plan_steps)
+from .config import (LORA, OWN_KEYS, WEIGHTS, as_dict, check_kernels, expert_words, ineffective_keys,
+                              load_config, method_keys, method_name, plan_steps)
 from .core import (Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, check_choice,
                             content_hash, find_llamafactory, load_image, machine, progress, read_json_file,
                             read_jsonl, read_yaml, say, write_jsonl, write_yaml)
@@ -62,6 +62,7 @@ def check_factory(
     rules = [(word not in FACTORY_TYPES, f"LLaMA-Factory has no finetuning_type '{word}'. Allowed there: "
               f"{', '.join(FACTORY_TYPES)}"), (template, template),
              (bits and config.use_cpu, f'LLaMA-Factory needs a GPU for {bits} bits'),
+             (expert_words(config), f'LLaMA-Factory has no adapters for experts: lora_target={config.lora_target}'),
              (config.fsdp, 'fsdp=true is a switch of our own engine; LLaMA-Factory would hold all weights everywhere'),
              (int(os.environ.get('WORLD_SIZE', 1)) > 1, 'LLaMA-Factory starts processes itself, not under torchrun'),
              (reasons and not config.freeze_vision_tower, 'the base reaches LLaMA-Factory with a wider vision tower '

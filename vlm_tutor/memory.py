@@ -16,7 +16,7 @@ import json, math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .config import Config, choose_rows, load_config, method_keys, plan_steps
+from .config import QAT, Config, choose_rows, load_config, method_keys, plan_steps
 from .core import (ASSETS, Result, VlmError, check_choice, md_table, nearest, progress, read_json_file,
                             table, upright_size)
 from .methods import METHODS, Method, find_method
@@ -208,7 +208,8 @@ def plan_items(
     host = load.cached and not load.gpu # the store of features lies in the same memory
     features = min(2e9, load.images*load.image*s.width*b) if host else load.rows*load.image*s.width*b
     back = again and not load.lean # checkpointing sends the gradient back through the frozen tower
-    moments = {'scores over the vocabulary': scores, 'backward pass of a layer': work + kept*again,
+    rounding = 12*s.width*s.inner*(m.name in QAT) # of one matrix at a time: sum, whole numbers, gradient
+    moments = {'scores over the vocabulary': scores, 'backward pass of a layer': work + kept*again + rounding,
                'the look at an image': look}
     top = max(moments, key=moments.get)
     return weight_items(s, m, load) | {'activations of the layers': activations, 'image features': round(features),
@@ -223,7 +224,7 @@ def sample_flops(
 ) -> dict: # language, scores, tower
     "Multiplications and additions of one row in one epoch; an estimate, attention included"
     p, T, patches = size_parts(s), load.tokens, load.image*s.merge**2
-    passes = 2 + (not m.adds) + (load.memory == 'layers')
+    passes = 2 + (not m.adds or m.name in QAT) + (load.memory == 'layers') # QAT: gradients of whole matrices
     language = passes*(2*p['matrices']*T + 2*T*T*s.width*s.layers)
     scored = load.answer if load.answer_only else T
     look = 2*p['tower']*patches + 4*patches**2*s.tower*s.depth + 2*p['merger']*load.image

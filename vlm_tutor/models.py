@@ -192,6 +192,7 @@ class Family:
     chat: str # how a turn begins
     template: str = '' # LLaMA-Factory's; empty when it has none
     trains: bool = False # does the native engine's test matrix hold a small one?
+    experts: bool = False # does a router choose among parts of each layer?
     why_untested: str = '' # why no test holds the rule
 
 # %% ../nbs/02_models.ipynb #02b477bf
@@ -270,7 +271,8 @@ add_family(Family(
 add_family(Family(
     'qwen3_vl_moe', 'Qwen3-VL with experts', ('qwen3_vl_moe',), ('Qwen/Qwen3-VL-30B-A3B-Instruct',),
     'Apache-2.0', **QWEN, layers=FOUR, values=NEW,
-    source='preprocessor_config.json of Qwen/Qwen3-VL-30B-A3B-Instruct', template='qwen3_vl_nothink', trains=True))
+    source='preprocessor_config.json of Qwen/Qwen3-VL-30B-A3B-Instruct', template='qwen3_vl_nothink', trains=True,
+    experts=True))
 
 # %% ../nbs/02_models.ipynb #4c33f665
 add_family(Family(
@@ -281,11 +283,11 @@ add_family(Family(
 add_family(Family(
     'qwen3_5_moe', 'Qwen3.5 with experts', ('qwen3_5_moe',), ('Qwen/Qwen3.5-35B-A3B',), 'Apache-2.0', **QWEN,
     layers=FOUR + LINEAR + SHARED, values=NEW, source='preprocessor_config.json of Qwen/Qwen3.5-2B-Base',
-    template='qwen3_5_nothink'))
+    template='qwen3_5_nothink', experts=True))
 add_family(Family(
     'qwen4_exp', 'Qwen4-Exp', ('qwen4_exp',), ('Qwen/Qwen4-Exp',), 'see the model card', **QWEN,
     layers=FOUR + LINEAR + SHARED, values=NEW, source='nowhere yet; the values are those of Qwen3.5',
-    why_untested='its processor is not published'))
+    experts=True, why_untested='its processor is not published'))
 
 # %% ../nbs/02_models.ipynb #d6977077
 TILES = dict(tower='vision_model', merger='connector', language='text_model', layers=SEVEN)
@@ -367,7 +369,7 @@ GLM = QWEN | dict(rule='frames', chat='[gMASK]<sop><|user|>', images='glm4v.imag
 add_family(Family('glm4v', 'GLM-4.1V', ('glm4v', 'glm46v'), ('zai-org/GLM-4.1V-9B-Thinking', 'zai-org/GLM-4.6V-Flash'),
                   'MIT', **GLM, layers=r'self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate_up|down)_proj', template='glm4v'))
 add_family(Family('glm4v_moe', 'GLM-4.5V', ('glm4v_moe',), ('zai-org/GLM-4.5V',), 'MIT', **GLM,
-                  layers=SEVEN + SHARED, template='glm4_5v'))
+                  layers=SEVEN + SHARED, template='glm4_5v', experts=True))
 FAMILIES['glm4v'].seen(840, 1120).tokens
 
 # %% ../nbs/02_models.ipynb #8f5d5ef5
@@ -431,12 +433,12 @@ def model_rows(
 @patch
 def facts(self: Family) -> dict: # label: text
     "What a reader wants to know about a family, in order"
-    names = f'model.{self.tower}, model.{self.merger}, model.{self.language}'
     return {'model_type': ', '.join(self.types), 'models': ', '.join(self.models), 'licence': self.licence,
-            'tower, merger, language model': names, 'LoRA beside': self.targets,
-            'whole in quantisation': ', '.join(self.skip), 'image rule': f'{self.rule} {self.values}',
-            'published in': self.source, 'rule tested': self.why_untested or f'against {self.images.split(":")[1]}',
-            'a turn begins': self.chat, 'LLaMA-Factory template': self.template or 'none',
+            'tower, merger, language model': f'model.{self.tower}, model.{self.merger}, model.{self.language}',
+            'LoRA beside': self.targets, 'whole in quantisation': ', '.join(self.skip), 'published in': self.source,
+            'image rule': f'{self.rule} {self.values}', 'a turn begins': self.chat,
+            'rule tested': self.why_untested or f'against {self.images.split(":")[1]}',
+            'LLaMA-Factory template': self.template or 'none',
             'native engine': 'trains' if self.trains else 'not tested on this family'}
 
 # %% ../nbs/02_models.ipynb #dfb89e97

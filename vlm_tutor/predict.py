@@ -7,9 +7,10 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/predict.html.md"""
 # %% auto #0
 __all__ = ['REHEARSED', 'ADAPTER_FILES', 'BASE_FILE', 'KINDS', 'split_examples', 'rehearsal_rows', 'training_splits',
            'model_hash', 'adapter_hash', 'holds_model', 'choose_adapter', 'check_base', 'check_kind', 'touches_vision',
-           'choose_device', 'load_preprocess', 'load_run_model', 'switch', 'stands_alone', 'answer_limit', 'json_depth',
-           'JsonEnd', 'asks_for_json', 'read_schema', 'schema_processor', 'Sureness', 'generate_sure', 'generate',
-           'answer_batch', 'image_hash', 'what_changed', 'set_aside', 'rows_on_file', 'predict']
+           'choose_device', 'load_preprocess', 'load_run_model', 'adapter_word', 'switch', 'stands_alone',
+           'answer_limit', 'json_depth', 'JsonEnd', 'asks_for_json', 'read_schema', 'schema_processor', 'Sureness',
+           'generate_sure', 'generate', 'answer_batch', 'image_hash', 'what_changed', 'set_aside', 'rows_on_file',
+           'predict']
 
 # %% ../nbs/17_predict.ipynb #af544448
 import json, os, random, time
@@ -128,7 +129,7 @@ def check_base(
                        remedy='Use the base it was trained on, or train again')
 
 # %% ../nbs/17_predict.ipynb #a7fd372d
-KINDS = dict(dict.fromkeys(LORA, 'LORA'), ia3='IA3', prompt='PROMPT_TUNING', prefix='PREFIX_TUNING')
+KINDS = dict(dict.fromkeys((*LORA, 'qat_lora'), 'LORA'), ia3='IA3', prompt='PROMPT_TUNING', prefix='PREFIX_TUNING')
 
 def check_kind(
     config, # a `Config`
@@ -207,6 +208,7 @@ def load_run_model(
     "The base that a configuration names, perhaps with an adapter, and its preprocessing"
     device, dtype = choose_device(config, device)
     check_kernels(config, device)
+    from vlm_tutor.qat import read_grid, settled
     from vlm_tutor.soft import can_merge, load_adapter
     from vlm_tutor.tiny import resolve_model
     preprocess = load_preprocess(config)
@@ -218,8 +220,16 @@ def load_run_model(
     if adapter: check_base(adapter, config.model_name_or_path, found)
     if adapter and not whole:
         model = load_adapter(model, adapter)
-        if dtype.itemsize == 4 and can_merge(model): model = model.merge_and_unload()
+        if read_grid(adapter): model = settled(model)
+        elif dtype.itemsize == 4 and can_merge(model): model = model.merge_and_unload()
     return model.eval(), preprocess, found
+
+# %% ../nbs/17_predict.ipynb #227b6485
+def adapter_word(
+    name: str, # of a group
+) -> str: # what PEFT calls its adapter
+    "A word for PEFT, which takes no dot, nor the name of a method such as half"
+    return f'group_{name.encode().hex()}'
 
 # %% ../nbs/17_predict.ipynb #2d3d9764
 def switch(
@@ -235,13 +245,12 @@ def switch(
     model, preprocess, base = loaded or load_run_model(config, None, device)
     from peft import PeftModel
     from vlm_tutor.lora import no_chatter
-    name = f'group_{name.encode().hex()}' # PEFT takes no dot, nor the name of a method such as half
     if folder:
         check_base(folder, config.model_name_or_path, base)
         with no_chatter():
-            if isinstance(model, PeftModel): model.load_adapter(folder, name)
-            else: model = PeftModel.from_pretrained(model, folder, name)
-            model.set_adapter(name)
+            if isinstance(model, PeftModel): model.load_adapter(folder, adapter_word(name))
+            else: model = PeftModel.from_pretrained(model, folder, adapter_word(name))
+            model.set_adapter(adapter_word(name))
             model.base_model.enable_adapter_layers()
     elif isinstance(model, PeftModel): model.base_model.disable_adapter_layers()
     return model.eval(), preprocess, base
@@ -252,7 +261,9 @@ def stands_alone(
 ) -> bool:
     "Can a group not share one base with others? Only adapters inside the layers can be switched off"
     if folder is None or holds_model(folder): return folder is not None
-    return read_json_file(Path(folder)/ADAPTER_FILES[0])['peft_type'] not in ('LORA', 'IA3')
+    from vlm_tutor.qat import read_grid
+    kind = read_json_file(Path(folder)/ADAPTER_FILES[0])['peft_type']
+    return kind not in ('LORA', 'IA3') or read_grid(folder) is not None # rounded layers fit no other group
 
 # %% ../nbs/17_predict.ipynb #b8e02fa4
 def answer_limit(

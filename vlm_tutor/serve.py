@@ -458,6 +458,9 @@ def production(
     base, folders = extractor.config.model_name_or_path, {n: f for n, f in extractor.adapters.items() if f}
     first, folder = next(iter(extractor.adapters.items()))
     if not folders or holds_model(folder): return vllm_command(str(folder or base), first)
+    from vlm_tutor.qat import read_grid
+    if any(map(read_grid, folders.values())):
+        return f'vlm merge RUN --dtype quantised, then {vllm_command("RUN/merged", first)}'
     kinds = [read_json_file(folder/'adapter_config.json') for folder in folders.values()]
     if any(kind['peft_type'] != 'LORA' or kind.get('use_dora') for kind in kinds):
         return f'vlm merge RUN, then {vllm_command("RUN/merged", first)}'

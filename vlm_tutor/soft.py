@@ -16,6 +16,7 @@ import torch
 from .config import LORA, SOFT
 from .core import VlmError
 from .lora import build_adapter, build_freeze, build_full, build_ia3, decoder, no_chatter
+from .qat import add_first, build_qat, build_qat_lora, read_grid, round_layers
 from .tiny import load_processor
 
 # %% ../nbs/15_soft.ipynb #f2d4963a
@@ -173,8 +174,11 @@ def load_adapter(
     "A model with an adapter of any kind from a folder"
     with no_chatter():
         from peft import PeftConfig, PeftModel
-        kind = PeftConfig.from_pretrained(folder)
-        if not kind.is_prompt_learning: return PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+        kind, grid = PeftConfig.from_pretrained(folder), read_grid(folder)
+        if not kind.is_prompt_learning:
+            if grid: model = round_layers(model, grid)
+            model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+            return add_first(model) if grid else model
         kind.inference_mode = not trainable
         model = PeftModel(model, kind, name)
         model.load_adapter(folder, name, is_trainable=trainable)
@@ -208,7 +212,7 @@ def build_soft(
 
 # %% ../nbs/15_soft.ipynb #44e79975
 BUILDERS = dict.fromkeys(LORA, build_adapter) | dict(ia3=build_ia3, full=build_full, freeze=build_freeze) | \
-    dict.fromkeys(SOFT, build_soft)
+    dict.fromkeys(SOFT, build_soft) | dict(qat=build_qat, qat_lora=build_qat_lora)
 
 def build_method(
     model, # a VLM, on its device

@@ -205,6 +205,18 @@ def load_processor(name: str):
     template = tok.chat_template or more.get('chat_template')
     return own(images, tok, template, **{k: more[k] for k in ('image_seq_len',) if k in more})
 
+# %% ../nbs/12_tiny.ipynb #c3c70c38
+def _unpacked(path):
+    "The configuration of a model in few bits (14b_qat), asking for whole weights; None for any other"
+    from importlib.util import find_spec
+    config = AutoConfig.from_pretrained(path)
+    kept = getattr(config, 'quantization_config', None)
+    if not isinstance(kept, dict) or kept.get('quant_method') != 'compressed-tensors': return None
+    if find_spec('compressed_tensors'):
+        kept['dequantize'] = True
+        return config
+    raise VlmError(f"the weights of '{path}' lie in few bits", remedy="pip install 'vlm_tutor[quantised]'")
+
 # %% ../nbs/12_tiny.ipynb #5d6e627f
 ATTENTION = dict(auto=None, sdpa='sdpa', fa2='flash_attention_2', disabled='eager')  # in transformers' words
 
@@ -220,8 +232,8 @@ def load_model(
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise VlmError(f"device '{device}' was asked for but no CUDA GPU is there", remedy='set use_cpu=true')
     hf_logging.disable_progress_bar()
-    places = {'': device} if quantisation else None
-    model = AutoModelForImageTextToText.from_pretrained(resolve_model(name), dtype=dtype,
+    places, path = {'': device} if quantisation else None, resolve_model(name)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, config=_unpacked(path),
                                                         attn_implementation=ATTENTION[attention],
                                                         quantization_config=quantisation, device_map=places)
     if liger:

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .augment import Augmentation
-from .config import as_dict, ineffective_keys, load_config, method_name, remarks
+from .config import QAT, as_dict, ineffective_keys, load_config, method_name, remarks
 from .core import (COLOURS, Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, content_hash,
                             read_jsonl, say, set_seed, write_jsonl)
 from .metrics import score
@@ -204,8 +204,7 @@ def check_judged(
     "Raise a `VlmError` when the best evaluation is asked for and there is nothing to evaluate"
     for name in ('load_best_model_at_end', 'early_stopping_patience'):
         if getattr(config, name) and not validation:
-            raise VlmError(f'{name} needs validation rows, and there are none',
-                           remedy='Set eval_dataset, or val_size=0.1 to take some from the training rows')
+            raise VlmError(f'{name} needs validation rows, and there are none', remedy='Set eval_dataset or val_size')
 
 def evaluations_since(
     judged: list, # rows of the log, from `events`
@@ -386,15 +385,17 @@ def save_adapter(
 ):
     "Put the adapter into the run folder, whole or not at all"
     from vlm_tutor.lora import save_adapter_files
+    from vlm_tutor.qat import write_grid
     half = run.path/'.adapter.tmp'
     shutil.rmtree(half, ignore_errors=True)
     engine.model.peft_config['default'].base_model_name_or_path = base['name']
     save_adapter_files(engine.model, half, engine.adapter())
     atomic_write(half/BASE_FILE, json.dumps(base) + '\n')
+    write_grid(half, engine.config)
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.replace(half, run.adapter)
 
-# %% ../nbs/18_train.ipynb #f7167805
+# %% ../nbs/18_train.ipynb #352b482b
 def _beside_the_weights(name, goal):
     "Copy what a model folder holds besides weights: tokenizer, processor, chat template"
     from vlm_tutor.tiny import resolve_model
@@ -406,6 +407,7 @@ def _beside_the_weights(name, goal):
         wanted = path.suffix in ('.json', '.txt', '.jinja', '.model') and not path.name.endswith('.index.json')
         if wanted and not (goal/path.name).exists(): shutil.copyfile(path, goal/path.name)
 
+# %% ../nbs/18_train.ipynb #f7167805
 def save_model(
     engine, # an `Engine` whose model has no adapter
     run, # a `RunFolder`
@@ -413,9 +415,12 @@ def save_model(
 ):
     "Put the whole model into the run folder, or nothing"
     from vlm_tutor.lora import numbers, trained_parts
-    half = run.path/'.model.tmp'
+    from vlm_tutor.qat import settled, write_grid
+    half, rounds = run.path/'.model.tmp', engine.config.finetuning_type in QAT
+    model = settled(engine.model) if rounds else engine.model.to(numbers(engine.model)) # whole scales take 32 bits
     shutil.rmtree(half, ignore_errors=True)
-    engine.model.to(numbers(engine.model)).save_pretrained(half)
+    model.save_pretrained(half)
+    write_grid(half, engine.config)
     _beside_the_weights(base['name'], half)
     atomic_write(half/BASE_FILE, json.dumps(base | dict(parts=trained_parts(engine.config))) + '\n')
     shutil.rmtree(run.model, ignore_errors=True)
@@ -485,7 +490,7 @@ def fitting(
 def _announce(config, device, counts, left_out, engine, why):
     "Say what is trained, and what is left out"
     for name, text in remarks(config):
-        if name == 'learning_rate': say(f'note  {name}: {text}')
+        if name in ('learning_rate', 'quantization_bit'): say(f'note  {name}: {text}')
     family = find_family(engine.model.config.model_type)
     if not family.trains:
         say(f'note  no small {family.title} is in our tests; compare some answers before you trust the run')
