@@ -7,8 +7,8 @@ from checkout import *
 
 # The torch wall: a chapter is on one side of it. Light modules never import HEAVY, not even through another module.
 LIGHT = """core doctor report methods models config memory schema receipts tables pages examples sources sharegpt check
-    splits augment metrics certainty fields endpoint predict factory sweep crossval compare robust curves errors extract
-    correct forgetting serve bench quickstart cli all""".split()
+    splits augment metrics certainty fields endpoint predict factory sweep crossval compare robust curves claims errors
+    extract correct forgetting serve bench quickstart cli all""".split()
 FREE = "tiny pretrain collate features lora lean qat soft moe engine train export".split()
 HEAVY = ["torch", "transformers", "peft", "datasets", "matplotlib"]
 
@@ -182,7 +182,10 @@ def test_a_recorded_result_says_where_it_comes_from(path):
     record = json.loads(path.read_text())
     assert record["command"].startswith("vlm ") and re.fullmatch(r"[0-9a-f]{7,40}", record["commit"])
     assert isinstance(record["seed"], int) and record["versions"]["torch"] and record["hardware"]["cpu"]
-    assert record.get("groups") or record.get("points"), "scores of groups, or points of a bench"
+    kinds = [record.get(kind) for kind in ("groups", "points", "tests")]
+    assert any(kinds), "scores of groups, points of a bench, or tests of a server"
+    for row in record.get("tests", {}).values():
+        assert row["requests"] == row["answered"] + row["refused"] + row["lost"] and row["p50"] <= row["p99"]
     for group in record.get("groups", {}).values():
         low, high = group["ci"]["field_f1"]
         assert group["n"] >= 2 and low <= group["field_f1"] <= high

@@ -325,3 +325,25 @@ def test_the_page_asks_for_a_key_when_one_is_wanted(page, tmp_path):
         browser.wait("document.getElementById('model').options.length == 1")
         browser.drop("file", page)
         browser.wait("document.getElementById('found').textContent.includes('said')")
+
+
+# --- the experiment ---------------------------------------------------------------------------------------------------
+def test_what_became_of_requests_by_hand():
+    found = dict(seconds=2., per_second=1., p50=1., p99=1., statuses=[200, 200, 200, 429, 504],
+                 answers=["a", "c", "odd", None, None])
+    row = s.load_row(found, list("abcde"))
+    assert [row[n] for n in ("requests", "answered", "refused", "lost", "crossed", "different")] == [5, 3, 1, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_the_experiment_in_its_quick_mode(tmp_path):
+    from vlm_tutor.bench import bench
+    from vlm_tutor.core import write_yaml
+    assert "serve" in bench()
+    file = write_yaml(tmp_path/"quick.yaml", dict(requests=4, max_tokens=10, clients=[4], tight=2, overload=10))
+    told = s.measure_load(file, tmp_path)
+    assert set(told["tests"]) == {"1", "4", "overload"}
+    for row in told["tests"].values(): assert row["lost"] == row["crossed"] == row["different"] == 0
+    over = told["tests"]["overload"]
+    assert over["requests"] == 20 == over["answered"] + over["refused"] and over["refused"] > 0
+    with pytest.raises(VlmError, match="has no points"): bench("serve", points=["8"], work=str(tmp_path))

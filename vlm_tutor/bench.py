@@ -22,9 +22,11 @@ from .config import Config, ineffective_keys
 from .core import (ASSETS, CONFIGS, PACKAGE, Example, Result, VlmError, append_jsonl, asset, atomic_write,
                             check_choice, content_hash, json_line, machine, md_table, nearest, read_json_file,
                             read_jsonl, read_yaml, say, show_value, table, venvs_folder, versions, write_yaml)
+from .claims import claim_files, claims_result, measure_arms
 from .curves import curve_files, curves_result, measure_curves
 from .doctor import ENVIRONMENTS, make_venv
 from .predict import load_run_model
+from .serve import load_files, load_result, measure_load
 from .sharegpt import save_dataset_in_sharegpt_format, write_split
 from .sources import load_examples
 
@@ -912,7 +914,7 @@ def _check_numbers(experiment, points):
 def _list_experiments():
     "The experiments with the first line of each file"
     rows = [dict(experiment=name, what=path.read_text().splitlines()[0].lstrip('# '))
-            for name, path in (experiments() | curve_files()).items()]
+            for name, path in (experiments() | curve_files() | claim_files()).items()]
     return Result({row['experiment']: row['what'] for row in rows}, table(rows) + '\n\nnext  vlm bench mini',
                   md_table(rows))
 
@@ -921,11 +923,19 @@ def _command(name, points, repeats, overrides):
     return ' '.join(['vlm bench', str(name), *overrides, *(['--points', *points] if points else []),
                      *([f'--repeats {repeats}'] if repeats else [])])
 
-def _curves(name, points, out, work, changes):
-    "An experiment of 21c_curves"
+def _other_kind(name):
+    "What measures and what shows an experiment of another chapter; None for one of engines"
+    kinds = {curve_files: (measure_curves, curves_result), claim_files: (measure_arms, claims_result),
+             load_files: (measure_load, load_result)}
+    for files, kind in kinds.items():
+        if str(name) in files(): return kind
+    return kinds[claim_files] if Path(name).is_file() and 'arms' in read_yaml(name) else None
+
+def _other(name, points, out, work, changes):
+    "Measure an experiment of 21c_curves, 21d_claims or 24_serve"
     if changes: raise VlmError(f"'{changes[0]}' does not go with experiment '{name}'", remedy='Copy and edit its file')
-    file = result_file(name, out, work, not points)
-    return curves_result(measure_curves(name, work, points), file)
+    measure, show = _other_kind(name)
+    return show(measure(name, work, points), result_file(Path(name).stem, out, work, not points))
 
 # %% ../nbs/25_bench.ipynb #13b1c5fb
 def bench(
@@ -939,7 +949,7 @@ def bench(
 ) -> Result:  # the record: points, engines, ratios, and all that tells how they came about
     "Measure our engine beside the peers, after a check that all learn the same"
     if name is None: return _list_experiments()
-    if name in curve_files(): return _curves(name, points, out, work, [*overrides, *['repeats']*bool(repeats)])
+    if _other_kind(name): return _other(name, points, out, work, [*overrides, *['repeats']*bool(repeats)])
     experiment = load_experiment(name, [*overrides, *([f'repeats={repeats}'] if repeats else [])])
     chosen, place = all_points(experiment, points), Path(work)/experiment['name']
     check_device(experiment)

@@ -1,0 +1,134 @@
+"Arms with seeds and claims about them: verdicts by hand, runs that are shared, both experiments in a quick mode."
+import json, math, os
+
+import pytest
+from vlm_tutor.bench import bench
+from vlm_tutor.config import CHOICES, config_diff, load_config
+from vlm_tutor.core import RunFolder, VlmError, read_json_file, write_yaml
+from vlm_tutor.claims import *
+from vlm_tutor.claims import STUDENT
+
+CI = dict(field_f1=[.4, .6])
+every = pytest.mark.parametrize("name", claim_files())
+
+
+def group(**more):
+    return dict(field_f1=.5, ci=CI, peak_mib=100., seconds_per_step=1., cpu_seconds=9., adapter_mb=1.,
+                trainable=10, loss=.1) | more
+
+
+def record(**groups):
+    names = {name.rpartition("_"): g for name, g in groups.items()}
+    return dict(arms={arm: {} for arm, _, _ in names}, groups={f"{a} {s}": g for (a, _, s), g in names.items()})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+@every
+def test_an_arm_differs_in_what_it_names_and_in_its_seed(name):
+    experiment = load_claims(name)
+    middle = load_config(experiment["preset"], experiment["changes"])
+    for point, changes in arm_points(experiment).items():
+        arm, _, seed = point.rpartition(" ")
+        differs = {row["key"] for row in config_diff(middle, load_config(experiment["preset"], changes))}
+        assert differs <= {*experiment["arms"][arm], "seed"} and changes["seed"] == int(seed)
+
+
+def test_methods_holds_every_method_of_the_engine_and_claims_share_their_runs():
+    methods, claims = load_claims("methods"), load_claims("claims")
+    words = {changes.get("finetuning_type", "lora") for changes in methods["arms"].values()}
+    assert words == set(CHOICES["finetuning_type"])
+    assert arms_folder(methods, "w") == arms_folder(claims, "w") != arms_folder(methods | dict(rows=9), "w")
+    one, two = arm_points(methods), arm_points(claims)
+    same = [point for point in one if point in two]
+    assert len(same) >= 9 and all(one[p] == two[p] for p in same)
+
+
+def test_every_claim_has_three_seeds_or_more():
+    experiment = load_claims("claims")
+    used = {claim[side] for claim in experiment["claims"].values() for side in ("more", "less")}
+    assert used == set(experiment["arms"]) and experiment["seeds"] >= 3 and not experiment["once"]
+    assert all("vlm " in command for command in experiment["later"].values())
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(arm={}), "Did you mean 'arms'?"), (dict(arms={"a": {}}, once=["b"]), "unknown arm under once 'b'"),
+    (dict(arms={"a": {}}, claims={"x": dict(measure="speed", more="a", less="a")}), "unknown measure 'speed'"),
+    (dict(arms={"a": {}}, claims={"x": dict(measure="loss", more="a")}), "It needs measure, more and less"),
+    (dict(arms={"a": {}}, claims={"x": dict(measure="loss", more="a", less="b")}), "unknown arm under less 'b'"),
+    (dict(seeds=0), "seeds in experiment mine is 0"), (dict(seeds=11), "at most 10"),
+    (dict(arms={"a": dict(learning_rte=1)}), "Did you mean 'learning_rate'?")], ids=str)
+def test_a_wrong_file_is_one_sentence(tmp_path, given, said):
+    with pytest.raises(VlmError) as error: bench(str(write_yaml(tmp_path / "mine.yaml", dict(arms={}) | given)))
+    assert said in str(error.value)
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+def test_the_interval_is_students():
+    for n, t in STUDENT.items():  # the share of a t distribution with n degrees beyond t, by Simpson's rule
+        scale = math.gamma((n + 1) / 2) / math.sqrt(n * math.pi) / math.gamma(n / 2)
+        steps, width = 2000, t / 2000
+        inside = [scale * (1 + (i * width)**2 / n)**(-(n + 1) / 2) for i in range(steps + 1)]
+        area = width / 3 * (inside[0] + inside[-1] + 4 * sum(inside[1:-1:2]) + 2 * sum(inside[2:-1:2]))
+        assert 2 * area == pytest.approx(.95, abs=2e-4)
+    assert seed_interval([1, 2, 3]) == pytest.approx([2 - 4.303 / 3**.5, 2 + 4.303 / 3**.5])
+    assert seed_interval([5]) is None and seed_interval([5, 5, 5]) == [5, 5]
+
+
+def test_claims_are_judged_seed_by_seed():
+    told = record(a_1=group(loss=1.), a_2=group(loss=5.), a_3=group(loss=9.), b_1=group(loss=.5), b_2=group(loss=4.4),
+                  b_3=group(loss=8.45), b_4=group(loss=99.))
+    found = judge_claim(told, "x", dict(measure="loss", more="a", less="b"))
+    assert found["seeds"] == 3 and found["verdict"] == "holds" and found["effect"] == pytest.approx(.55)
+    other = judge_claim(told, "x", dict(measure="loss", more="b", less="a"))
+    assert other["verdict"] == "the opposite" and other["ci"] == pytest.approx([-v for v in reversed(found["ci"])])
+    told["groups"]["b 2"]["loss"] = 6
+    assert judge_claim(told, "x", dict(measure="loss", more="a", less="b"))["verdict"] == "inconclusive"
+    assert judge_claim(told, "x", dict(measure="kept", more="a", less="b"))["verdict"] == "not measured"
+    assert judge_claim(told, "x", dict(measure="trainable", more="a", less="b"))["verdict"] == "inconclusive"
+
+
+def test_tables_name_what_is_there(tmp_path):
+    told = record(lora_1=group(), lora_2=group(field_f1=.7), full_1=group())
+    rows = arm_rows(told)
+    assert [row["arm"] for row in rows] == ["lora", "full"] and "kept" not in rows[0]
+    assert rows[0]["field F1"] == "0.600 (0.500 to 0.700)" and rows[1]["field F1"] == "0.500"
+    told["claims"] = [judge_claim(told, "x", dict(measure=m, more="lora", less="full")) for m in ("loss", "kept")]
+    assert [row["verdict"] for row in claim_rows(told)] == ["inconclusive", "not measured"]
+    plot_arms(told, "trainable", tmp_path / "arms.png")
+    assert (tmp_path / "arms.png").stat().st_size > 5000
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+def test_a_run_on_file_is_not_made_again(tmp_path):
+    (tmp_path / "point.json").write_text(json.dumps(group()))
+    assert arm_scores(RunFolder(tmp_path), "tiny", {}, tmp_path) == group()
+
+
+def test_a_step_is_timed_by_its_median(tmp_path):
+    lines = [dict(event="step", step=i + 1, seconds=s) for i, s in enumerate((9, 10, 11, 30, 31))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert step_seconds(RunFolder(tmp_path)) == 1
+
+
+def test_memory_is_that_of_this_process():
+    before = held_memory("VmRSS")
+    block = bytearray(os.urandom(1)) * (200 * 2**20)
+    assert 190 < held_memory("VmRSS") - before < 230 and held_memory("VmHWM") >= before + 190 and len(block)
+
+
+@pytest.mark.slow
+@every
+def test_each_experiment_in_its_quick_mode(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    whole = load_claims(name)
+    arms = {arm: changes | dict(max_steps=1) for arm, changes in whole["arms"].items()}
+    quick = dict(rows=2, test=2, seeds=1, probes=5, arms=arms, claims=whole["claims"])
+    told = bench(str(write_yaml("quick.yaml", quick)), work="work")
+    assert set(told["groups"]) == {f"{arm} 42" for arm in arms} and told["commit"] is not None
+    by = {arm: told["groups"][f"{arm} 42"] for arm in arms}
+    assert by["lora"]["trainable"] == 271360 and by["full"]["adapter_mb"] > by["lora"]["adapter_mb"]
+    assert by["prompt"]["trainable"] < by["prefix"]["trainable"] and all(g["peak_mib"] > 0 for g in by.values())
+    assert all(c["seeds"] == 1 and c["verdict"] == "inconclusive" for c in told["claims"])
+    assert read_json_file(tmp_path / "work/quick/result.json")["groups"] == told["groups"]
+    again = bench(str(write_yaml("quick.yaml", quick)), work="work")
+    assert again["groups"] == told["groups"] and again["kept_before"] == told["kept_before"]
