@@ -1,5 +1,5 @@
 """The client of chat endpoints against a real server that fails in every way, and the file of rows that is left."""
-import base64, json, os, signal, subprocess, sys, time
+import base64, io, json, os, signal, subprocess, sys, time
 
 import pytest
 from PIL import Image
@@ -51,6 +51,17 @@ def test_the_request_is_the_protocols(example, monkeypatch):
     assert kind == "data:image/png;base64" and base64.b64decode(data) == open(example.image, "rb").read()
     assert call["body"]["temperature"] == 0 and call["body"]["model"] == "toy"
     assert row["cost"] == pytest.approx((1000*2 + 10*10)/1e6) and row["seconds"] > 0 and "sk-secret" not in str(row)
+
+
+def test_a_photo_held_sideways_is_sent_upright(tmp_path):
+    page, notes = Image.new("RGB", (8, 4), "white"), Image.Exif()
+    page.putpixel((0, 0), (0, 0, 0))
+    notes[0x0112] = 6 # a quarter turn to the right
+    page.save(tmp_path / "p.png", exif=notes)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
+    sent = Image.open(io.BytesIO(base64.b64decode(image_url(tmp_path / "p.png").split(",")[1])))
+    assert sent.size == (4, 8) and sent.getexif().get(0x0112, 1) == 1 and sent.getpixel((3, 0)) == (0, 0, 0)
+    assert base64.b64decode(image_url(tmp_path / "broken.png").split(",")[1]) == b"\x89PNG and no more"
 
 
 @pytest.mark.parametrize("how", [429, 500, 503, "slow", "cut", "half", "hang up", "later"])

@@ -11,6 +11,7 @@ __all__ = ['BODY', 'Endpoint', 'read_settings', 'image_url', 'chat_body', 'CallE
 # %% ../nbs/16a_endpoint.ipynb #491573b5
 import base64, io, json, os, queue, random, threading, time
 import urllib.error, urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from http.client import HTTPException
 from pathlib import Path
@@ -78,10 +79,16 @@ def _kind(data):
     if data[:4] == b'RIFF' and data[8:12] == b'WEBP': return 'webp'
     return next((kind for begin, kind in _KINDS.items() if data.startswith(begin)), None)
 
+def _turned(data):
+    "Does the camera's note ask to turn the image? Not every server reads it"
+    from PIL import Image
+    with suppress(OSError, SyntaxError, ValueError), Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get(0x0112, 1) != 1
+
 def image_url(path: str|Path) -> str: # a data: address
-    "An image as endpoints take it"
+    "An image as endpoints take it, upright"
     data, out = Path(path).read_bytes(), io.BytesIO()
-    kind = _kind(data)
+    kind = None if _turned(data) else _kind(data)
     if kind is None: load_image(path).save(out, 'PNG')
     return f'data:image/{kind or "png"};base64,{base64.b64encode(data if kind else out.getvalue()).decode()}'
 
