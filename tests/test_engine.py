@@ -274,7 +274,7 @@ t.train('tiny', overrides=json.loads(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_process_without_a_row_keeps_the_others_company(data, tmp_path, fsdp):
     "Nine rows, four a step: the last step leaves the second process without one"
     more, script = dict(max_samples=9, fsdp=fsdp, num_train_epochs=1), tmp_path / "two.py"
@@ -323,7 +323,7 @@ except VlmError as error: sys.exit(str(error))
 """
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_memory_that_runs_out_in_one_process(data, ours, tmp_path, fsdp):
     "Alone it takes smaller pieces; where weights are shared it must end the run, for the others would wait for it"
     script, path = tmp_path / "two.py", tmp_path / "run"

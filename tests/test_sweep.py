@@ -103,6 +103,7 @@ def shared(place):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_workers_share_the_trials(shared):
     assert sum(shared["states"].values()) == shared["states"]["complete"] == 2
     folder, asked = RunFolder(shared["folder"]).path, {None: "Read the name of the shop as JSON."}
@@ -113,6 +114,7 @@ def test_workers_share_the_trials(shared):
         assert {one["prompt"] for one in rows} == {asked.get(row["prompt"], row["prompt"])}
 
 
+@pytest.mark.slow
 def test_the_front_holds_what_no_other_trial_beats(shared):
     rows = shared["trials"]
     def beaten(a, b): return (b["field_f1"] >= a["field_f1"] and b["memory"] <= a["memory"]) and a != b
