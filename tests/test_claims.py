@@ -6,6 +6,7 @@ from vlm_tutor.bench import bench
 from vlm_tutor.config import CHOICES, config_diff, load_config
 from vlm_tutor.core import RunFolder, VlmError, read_json_file, write_yaml
 from vlm_tutor.claims import *
+from vlm_tutor.curves import run_of, runs_folder
 from vlm_tutor.claims import STUDENT
 
 CI = dict(field_f1=[.4, .6])
@@ -37,7 +38,7 @@ def test_methods_holds_every_method_of_the_engine_and_claims_share_their_runs():
     methods, claims = load_claims("methods"), load_claims("claims")
     words = {changes.get("finetuning_type", "lora") for changes in methods["arms"].values()}
     assert words == set(CHOICES["finetuning_type"])
-    assert arms_folder(methods, "w") == arms_folder(claims, "w") != arms_folder(methods | dict(rows=9), "w")
+    assert runs_folder("arms", methods, "w") == runs_folder("arms", claims, "w")
     one, two = arm_points(methods), arm_points(claims)
     same = [point for point in one if point in two]
     assert len(same) >= 9 and all(one[p] == two[p] for p in same)

@@ -64,3 +64,17 @@ def test_a_point_on_file_is_not_measured_again(tmp_path):
     from vlm_tutor.curves import point_scores
     (tmp_path / "point.json").write_text(json.dumps(GROUP))
     assert point_scores(RunFolder(tmp_path), "tiny", {}, tmp_path) == GROUP == read_json_file(tmp_path / "point.json")
+
+
+def test_runs_of_other_receipts_or_other_code_are_not_taken_for_these(tmp_path, monkeypatch):
+    from vlm_tutor import curves
+    asked = dict(preset="tiny", rows=4, test=2, seed=42)
+    first = curves.runs_folder("curves", asked, tmp_path)
+    assert first == curves.runs_folder("curves", asked | dict(what="another title"), tmp_path)
+    for key, value in dict(preset="cord", rows=5, test=3, seed=43).items():
+        assert curves.runs_folder("curves", asked | {key: value}, tmp_path) != first
+    one, other = (curves.run_of(first, "a", dict(learning_rate=rate)).path for rate in (.1, .2))
+    assert one != other and one.parent == other.parent == first
+    (tmp_path / "train.py").write_text("changed")
+    monkeypatch.setattr(curves, "PACKAGE", tmp_path)
+    assert curves.runs_folder("curves", asked, tmp_path) != first

@@ -6,18 +6,17 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/claims.html.md"""
 
 # %% auto #0
 __all__ = ['CLAIMS', 'MEASURES', 'STUDENT', 'claim_files', 'load_claims', 'arm_points', 'held_memory', 'train_and_tell',
-           'train_apart', 'step_seconds', 'arm_scores', 'arms_folder', 'run_of', 'kept_scores', 'seed_interval',
-           'claim_verdict', 'arm_groups', 'judge_claim', 'measure_arms', 'arm_rows', 'claim_rows', 'plot_arms',
-           'claims_result']
+           'train_apart', 'step_seconds', 'arm_scores', 'kept_scores', 'seed_interval', 'claim_verdict', 'arm_groups',
+           'judge_claim', 'measure_arms', 'arm_rows', 'claim_rows', 'plot_arms', 'claims_result']
 
 # %% ../nbs/21d_claims.ipynb #e8e7b12e
 import json, statistics, subprocess, sys, time
 from pathlib import Path
 
 from .config import as_dict, load_config
-from .core import (COLOURS, CONFIGS, Result, RunFolder, VlmError, atomic_write, check_choice, content_hash,
-                            md_table, progress, read_json_file, table, write_yaml)
-from .curves import check_points, curve_data, provenance, read_experiment
+from .core import (COLOURS, CONFIGS, Result, RunFolder, VlmError, atomic_write, check_choice, md_table,
+                            progress, read_json_file, table, write_yaml)
+from .curves import check_points, curve_data, provenance, read_experiment, run_of, runs_folder
 from .forgetting import forgetting
 from .metrics import evaluate
 from .predict import predict
@@ -133,24 +132,6 @@ def arm_scores(
     atomic_write(file, json.dumps(found) + '\n')
     return found
 
-# %% ../nbs/21d_claims.ipynb #d184dde5
-def _hash(*things): return content_hash(json.dumps(things, sort_keys=True).encode())[:8]
-
-def arms_folder(
-    experiment: dict, # from `load_claims`
-    work: str|Path, # where runs go
-) -> Path: # of all runs on the same receipts
-    "Where the runs of an experiment lie"
-    return Path(work)/f"arms-{_hash(*(experiment[key] for key in ('preset', 'rows', 'test', 'seed')))}"
-
-def run_of(
-    folder: Path, # from `arms_folder`
-    point: str, # 'arm seed'
-    changes: dict, # of the preset
-) -> RunFolder:
-    "The run of one arm and seed"
-    return RunFolder(folder/f"{point.replace(' ', '-').replace('/', '-')}-{_hash(changes)}")
-
 # %% ../nbs/21d_claims.ipynb #1a2d2154
 def _look_once(folder, experiment, data):
     "Image features for all runs, by a run of one step"
@@ -160,7 +141,7 @@ def _look_once(folder, experiment, data):
     train_apart(_arm_config(run, experiment['preset'], dict(max_steps=1), data))
 
 def kept_scores(
-    folder: Path, # from `arms_folder`
+    folder: Path, # from `runs_folder`
     points: dict, # of `arm_points`, only those to ask
     n: int, # how many probes
 ) -> dict: # {'arm seed': likeness from 0 to 1}, and 'vanilla-model'
@@ -232,7 +213,7 @@ def measure_arms(
 ) -> dict: # the record
     "Measure every arm of an experiment, and judge its claims"
     experiment = load_claims(name)
-    points, folder = arm_points(experiment), arms_folder(experiment, work)
+    points, folder = arm_points(experiment), runs_folder('arms', experiment, work)
     for point in only: check_choice('point', point, points)
     chosen, data = {n: points[n] for n in points if not only or n in only}, curve_data(folder, experiment)
     _look_once(folder, experiment, data)
