@@ -69,6 +69,19 @@ def test_the_planned_number_sees_a_difference_in_f1():
     assert receipts_for_f1(*first, [TRUTH]*80, true/2) == pytest.approx(4*n, rel=.05)
 
 
+def test_the_spread_is_the_bootstraps_and_not_a_matter_of_order():
+    from vlm_tutor.certainty import _influence
+    from vlm_tutor.metrics import _counts, _f1, bootstrap_weights
+    generator = np.random.default_rng(5)
+    preds, true = answers(60, .3, generator), [TRUTH]*60
+    counts = np.array([_counts(*pair) for pair in zip(preds, true)])
+    drawn = _f1(*(bootstrap_weights(60) @ counts).T).std()
+    assert _influence(counts).std()/60**.5 == pytest.approx(drawn, rel=.1)
+    other, order = answers(60, .1, generator), generator.permutation(60)
+    turned = [[x[i] for i in order] for x in (preds, other)]
+    assert receipts_for_f1(preds, other, true) == receipts_for_f1(*turned, true)
+
+
 def test_calibration_of_coins_that_say_what_they_are():
     generator = np.random.default_rng(3)
     sure = generator.random(20_000)

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .core import VlmError
-from .metrics import _counts, _check_pairs, _f1, bootstrap_difference, bootstrap_weights, exact_match
+from .metrics import _counts, _check_pairs, _f1, bootstrap_difference, exact_match
 
 # %% ../nbs/11a_certainty.ipynb #00353ac8
 def mcnemar(
@@ -81,6 +81,12 @@ def receipts_for_match(
     return math.ceil((z*math.sqrt(disagree) + w*math.sqrt(disagree - difference**2))**2/difference**2)
 
 # %% ../nbs/11a_certainty.ipynb #a3ca1391
+def _influence(counts):
+    "What each receipt adds to field F1, to first order; its spread is that of F1 over receipts"
+    right, predicted, true = np.array(counts, float).T
+    size = predicted + true
+    return (2*right - _f1(right.sum(), predicted.sum(), true.sum())*size)/max(size.mean(), 1e-9)
+
 def receipts_for_f1(
     preds_a: list, # parsed predictions of one group on a first set
     preds_b: list, # those of another
@@ -91,10 +97,8 @@ def receipts_for_f1(
 ) -> int:
     "How many receipts like these it takes to see a difference in field F1"
     if difference <= 0: raise VlmError(f'a difference of {difference}', 'Allowed: above 0, such as 0.02')
-    counts = [np.array([_counts(*pair) for pair in zip(preds, truths)]) for preds in (preds_a, preds_b)]
-    weights = bootstrap_weights(len(truths))
-    gaps = np.subtract(*(_f1(*(weights @ c).T) for c in counts))
-    spread = gaps.std()*math.sqrt(len(truths)) # of one receipt
+    each = (_influence([_counts(*pair) for pair in zip(preds, truths)]) for preds in (preds_a, preds_b))
+    spread = np.subtract(*each).std() # of one receipt, whatever their order
     return max(2, math.ceil((sum(_quantiles(power, level))*spread/difference)**2))
 
 # %% ../nbs/11a_certainty.ipynb #a9253ae7

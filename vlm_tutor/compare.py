@@ -150,26 +150,30 @@ def differences(
             {'receipts_for_0.02': receipts_for_f1(preds[g], preds[first], truths)} for g in others}
 
 # %% ../nbs/21_compare.ipynb #af1cc2fa
+def _true_fields(scores):
+    "{field: how often the truth has it}, fields of one part beside each other"
+    counts = {f: v['n'] for s in scores.values() for f, v in s['fields'].items() if v['n']}
+    return {f: counts[f] for f in sorted(counts, key=lambda f: f.split('.')[0])}
+
 def field_table(
     scores: dict,  # {group: metrics}
 ) -> list:  # of dict(field=…, n=…, group: F1 or None); with a locale 'group, numbers' besides
     "F1 per field and group, for every field that occurs in the truth"
-    counts = {f: v['n'] for s in scores.values() for f, v in s['fields'].items() if v['n']}
-    grouped = sorted(counts, key=lambda f: f.split('.')[0])  # menu, sub_total, total; inside a group as they come
     numbers = {f'{g}, numbers': {d['field']: d['number'] for d in s['details']}
                for g, s in scores.items() if s.get('locale')}
-    return [dict(field=f, n=counts[f]) | {g: s['fields'].get(f, {}).get('f1') for g, s in scores.items()} |
-            {name: values.get(f) for name, values in numbers.items()} for f in grouped]
+    return [dict(field=f, n=n) | {g: s['fields'].get(f, {}).get('f1') for g, s in scores.items()} |
+            {name: values.get(f) for name, values in numbers.items()}
+            for f, n in _true_fields(scores).items()]
 
 def slip_table(
     scores: dict,  # {group: metrics}
 ) -> list:  # of dict(field=…, n=…, 'group: misread'=…, …)
     "How often each field was misread, missed and made up, and its ANLS"
-    fields = {d['field']: d['n'] for s in scores.values() for d in s.get('details', ()) if d['n']}
-    known = {g: {d['field']: d for d in s.get('details', ())} for g, s in scores.items()}
-    kinds = ('misread', 'missed', 'made_up', 'anls')
-    return [dict(field=f, n=n) | {f"{g}: {kind.replace('_', ' ')}": of.get(f, {}).get(kind)
-                                  for g, of in known.items() for kind in kinds} for f, n in fields.items()]
+    known = {g: {d['field']: d for d in s['details']} for g, s in scores.items() if s.get('details')}
+    kinds = dict(misread='misread', missed='missed', made_up='made up', anls='ANLS')
+    return [dict(field=f, n=n) | {f'{g}: {word}': of.get(f, {}).get(kind)
+                                  for g, of in known.items() for kind, word in kinds.items()}
+            for f, n in _true_fields(scores).items()] if known else []
 
 # %% ../nbs/21_compare.ipynb #08583d7c
 def with_interval(
@@ -605,7 +609,8 @@ del{text-decoration:none}del::before{content:'‸'}
 .images img{width:100%;height:auto;border:1px solid var(--line)}
 .sides{table-layout:fixed}.bad{background:var(--bad);color:var(--badtext)}
 details{margin-top:.4rem;font-size:.875rem}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0}
-.wide{overflow-x:auto}.bar label{white-space:nowrap;margin-right:.4rem}.bar select{max-width:12rem}
+.wide{overflow-x:auto}.wide td,.wide th{overflow-wrap:normal}.wide+h3{margin-top:1.5rem}
+.bar label{white-space:nowrap;margin-right:.4rem}.bar select{max-width:12rem}
 @media(max-width:44rem){.pair{grid-template-columns:minmax(0,1fr)}.images img{max-width:18rem}
  .sides tr{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));border-bottom:1px solid var(--line)}
  .sides th,.sides td{border:0;padding:.15rem .3rem}

@@ -318,12 +318,12 @@ def check_same(
                            remedy='Choose another output_dir, or delete the folder to start over')
 
 # %% ../nbs/18_train.ipynb #44fe7748
-def _line(ax, rows, name, words, colour, marker=''):
+def _line(ax, rows, name, words, colour, marker='', lift=0):
     "One curve of the log, with its name at its end"
     rows = [row for row in rows if row.get(name) is not None]
     if not rows: return
-    ax.plot([row['step'] for row in rows], [row[name] for row in rows], marker=marker, color=colour)
-    ax.annotate(words, (rows[-1]['step'], rows[-1][name]), (4, 0), textcoords='offset points', color=colour,
+    ax.plot([row['step'] for row in rows], [row[name] for row in rows], marker=marker, color=colour, clip_on=False)
+    ax.annotate(words, (rows[-1]['step'], rows[-1][name]), (6, lift), textcoords='offset points', color=colour,
                 va='center', fontsize=8)
 
 def _panel(ax, title, label, best):
@@ -347,12 +347,12 @@ def plot_loss(
     axes = figure.subplots(1, 1 + scored, squeeze=False)[0]
     best = best_validation(judged, run.config().get('metric_for_best_model', 'loss'))
     _line(axes[0], steps, 'loss', 'training', blue)
-    _line(axes[0], judged, 'loss', 'validation', grey, 'o')
+    _line(axes[0], judged, 'loss', 'validation', grey, 'o', 9)
     title = f"Loss fell from {steps[0]['loss']:.2g} to {steps[-1]['loss']:.2g}"
     _panel(axes[0], title + (f"; on validation {judged[-1]['loss']:.2g}" if judged else ''), 'loss', best)
     if scored:
         _line(axes[1], judged, 'train_field_f1', 'training', blue, 'o')
-        _line(axes[1], judged, 'field_f1', 'validation', grey, 'o')
+        _line(axes[1], judged, 'field_f1', 'validation', grey, 'o', -9)
         _panel(axes[1], f"Field F1 of {judged[-1]['n']} rows: {judged[-1]['field_f1']:.2f}", 'field F1', best)
     run.report.mkdir(exist_ok=True)
     figure.savefig(run.report/'loss.png', dpi=150)
