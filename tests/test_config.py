@@ -177,7 +177,11 @@ def test_data_points_at_a_folder(tmp_path, names, preset, expected):
 
 
 def test_data_that_is_none(tmp_path):
-    with pytest.raises(VlmError, match="it has no dataset_info.json"): load_config("tiny", [f"data={tmp_path}"])
+    with pytest.raises(VlmError, match=f"sharegpt-format {tmp_path} --source YOUR_FOLDER"):
+        load_config("tiny", [f"data={tmp_path}"])
+    (tmp_path / "r-1.png").touch() # the source itself: nothing is to be written into it
+    with pytest.raises(VlmError, match=f"sharegpt-format {tmp_path}-sharegpt --source {tmp_path}"):
+        load_config("tiny", [f"data={tmp_path}"])
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(VlmError, match="names no data set"): load_config("tiny", {"data": tmp_path})
 

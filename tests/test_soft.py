@@ -122,6 +122,12 @@ def test_p_tuning_is_a_prompt_that_a_network_makes(base, preprocess, examples):
     with torch.no_grad(): assert loss(model, preprocess, rows) == loss(prompt, preprocess, rows)
 
 
+def test_as_many_tokens_as_a_row_may_have_are_refused():
+    Config(finetuning_type="prompt", num_virtual_tokens=1023, cutoff_len=1024)
+    with pytest.raises(VlmError, match="num_virtual_tokens 1024 leaves no room below cutoff_len 1024"):
+        Config(finetuning_type="prompt", num_virtual_tokens=1024, cutoff_len=1024)
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
 def test_files_are_pefts_own(base, preprocess, examples, tmp_path, method):
     "What PEFT makes of the folder holds the same numbers"

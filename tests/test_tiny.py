@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLForConditionalGeneration
 from vlm_tutor.core import ASSETS, VlmError
 from vlm_tutor.receipts import make_receipt
-from vlm_tutor.tiny import (TINY, ask, common_form, head_places, load_model, load_processor, misread, resolve_model,
-                            save_common_form)
+from vlm_tutor.tiny import (TINY, ask, common_form, head_places, load_model, load_processor, misread, model_family,
+                            resolve_model, save_common_form)
 
 FOLDER = ASSETS / TINY
 
@@ -20,6 +20,12 @@ def test_plain_from_pretrained_gives_the_true_class_and_our_loader_the_same_weig
     assert type(plain) is Qwen2VLForConditionalGeneration
     ours = load_model(TINY).state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in plain.state_dict().items())
+
+
+def test_a_model_the_hub_does_not_give_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(VlmError, match="no model 'someone/nothing-vl' on the hub, or the hub is out of reach"):
+        model_family("someone/nothing-vl")
 
 
 def test_files_declare_the_stock_processor():

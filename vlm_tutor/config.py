@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import get_args
 
 from .core import (CONFIGS, Result, RunFolder, VlmError, check_choice, cpu_has_bf16, md_table, nearest,
-                            read_json_file, read_yaml, table, write_yaml)
+                            no_data_set, read_json_file, read_yaml, table, write_yaml)
 from .models import guess_family
 
 # %% ../nbs/03_config.ipynb #9cc1b70c
@@ -239,7 +239,6 @@ def _method_rules(c):
     yield c.fsdp and word not in (*LORA, 'ia3'), f'fsdp shares frozen layers, and does not go with {named}'
     yield c.freeze_trainable_layers == 0, 'freeze_trainable_layers is 0, so nothing can learn'
     yield word == 'freeze' and c.freeze_language_model, f'{named} and freeze_language_model=true contradict each other'
-    yield word in SOFT and c.torch_compile, f'torch_compile does not go with {named}'
     yield word == 'ia3' and c.freeze_language_model, f'{named} and freeze_language_model=true contradict each other'
     told = f'{named} cannot go on from adapter_name_or_path'
     yield word in WEIGHTS and c.adapter_name_or_path, f'{told}. Name a model folder in model_name_or_path'
@@ -265,6 +264,13 @@ def _expert_rules(c):
             f'not layers, and {why}. Leave one of them out'
 
 # %% ../nbs/03_config.ipynb #d8668e85
+def _soft_rules(c):
+    "Pairs (is it wrong?, what to say) about learned tokens"
+    if c.finetuning_type not in SOFT: return
+    yield c.torch_compile, f'torch_compile does not go with finetuning_type={c.finetuning_type}'
+    full, room = c.num_virtual_tokens >= c.cutoff_len, f'leaves no room below cutoff_len {c.cutoff_len}'
+    yield full, f'num_virtual_tokens {c.num_virtual_tokens} {room}. Lower it'
+
 def _qat_rules(c):
     "Pairs (is it wrong?, what to say) about training with rounding"
     word, named = c.finetuning_type, f'finetuning_type={c.finetuning_type}'
@@ -300,6 +306,7 @@ def _rules(config):
     yield from _best_rules(c)
     yield from _method_rules(c)
     yield from _expert_rules(c)
+    yield from _soft_rules(c)
     yield from _qat_rules(c)
 
 # %% ../nbs/03_config.ipynb #d4fb33c7
@@ -425,9 +432,7 @@ def parse_overrides(
 def _use_data(values, folder, changes):
     "Point the values at a data-set folder; what `changes` say wins"
     info = Path(folder)/'dataset_info.json'
-    if not info.is_file():
-        raise VlmError(f"no data set in '{folder}': it has no dataset_info.json",
-                       remedy=f'Make one with: vlm save-dataset-in-sharegpt-format {folder} --source YOUR_FOLDER')
+    if not info.is_file(): raise no_data_set(folder)
     names = list(read_json_file(info))
     if not names: raise VlmError(f"'{info}' names no data set", remedy='Save the data set again')
     name = changes.get('dataset') or names[0]

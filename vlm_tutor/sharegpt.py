@@ -16,8 +16,8 @@ from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from .core import (Example, Progress, Result, VlmError, atomic_write, check_choice, read_json_file, read_yaml,
-                            table)
+from .core import (Example, Progress, Result, VlmError, atomic_write, check_choice, no_data_set,
+                            read_json_file, read_yaml, table)
 from .pages import keep_file, shrink_image
 from .receipts import SPLITS, make_examples
 from .schema import Schema, schema_text
@@ -461,9 +461,7 @@ def find_dataset_info(
 
 def _to_register(dir, name):
     "Entries of a data-set folder with absolute file names, every file there; the first is the one to train on"
-    if not (Path(dir)/'dataset_info.json').is_file():
-        raise VlmError(f"no data set in '{dir}': it has no dataset_info.json",
-                       remedy=f'Make one with: vlm save-dataset-in-sharegpt-format {dir} --source YOUR_FOLDER')
+    if not (Path(dir)/'dataset_info.json').is_file(): raise no_data_set(dir)
     entries = {key: _absolute(entry, dir) for key, entry in choose_data_set(dir, name).values()}
     for key, entry in entries.items():
         if not isinstance(entry, dict) or not Path(entry.get('file_name', '')).is_file():

@@ -15,7 +15,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, SmolVLMProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -189,7 +189,11 @@ def model_family(name: str) -> Family:
     "The row of 02_models for a model's folder, hub name or 'tiny-receipts'."
     path = resolve_model(name)
     if Path(path).is_dir(): return read_family(path)
-    return find_family(AutoConfig.from_pretrained(path).model_type)
+    try: told, _ = PreTrainedConfig.get_config_dict(path)
+    except OSError as error:
+        remedy = 'Check the name; a gated model needs hf auth login; or name a folder that holds the model'
+        raise VlmError(f"no model '{name}' on the hub, or the hub is out of reach", remedy=remedy) from error
+    return find_family(str(told.get('model_type')))
 
 def load_processor(name: str):
     "The processor of a checkpoint (folder, hub name or 'tiny-receipts'), with or without torchvision."
