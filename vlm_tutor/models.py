@@ -283,7 +283,7 @@ add_family(Family(
 add_family(Family(
     'qwen3_5_moe', 'Qwen3.5 with experts', ('qwen3_5_moe',), ('Qwen/Qwen3.5-35B-A3B',), 'Apache-2.0', **QWEN,
     layers=FOUR + LINEAR + SHARED, values=NEW, source='preprocessor_config.json of Qwen/Qwen3.5-2B-Base',
-    template='qwen3_5_nothink', experts=True))
+    template='qwen3_5_nothink', trains=True, experts=True))
 add_family(Family(
     'qwen4_exp', 'Qwen4-Exp', ('qwen4_exp',), ('Qwen/Qwen4-Exp',), 'see the model card', **QWEN,
     layers=FOUR + LINEAR + SHARED, values=NEW, source='nowhere yet; the values are those of Qwen3.5',
@@ -303,7 +303,8 @@ add_family(Family(
     ('HuggingFaceM4/Idefics3-8B-Llama3', 'HuggingFaceTB/SmolVLM-Instruct'), 'Apache-2.0; the 8B: Llama 3 licence',
     **TILES, rule='tiles', values=dict(longest_edge=1456, tile=364, tokens=169),
     source="defaults of transformers' class and of Idefics3Processor, written for Idefics3-8B",
-    images='idefics3.image_processing_pil_idefics3:Idefics3ImageProcessorPil', chat='<|begin_of_text|>User:'))
+    images='idefics3.image_processing_pil_idefics3:Idefics3ImageProcessorPil', chat='<|begin_of_text|>User:',
+    trains=True))
 
 # %% ../nbs/02_models.ipynb #addb0be5
 add_family(Family(
