@@ -18,8 +18,7 @@ def qwen_config(kind, tokenizer):
     rows, ids = -(-len(tokenizer)//32)*32, lambda word: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
     text = dict(SIZES, vocab_size=rows, rope_parameters=rope, bos_token_id=None, eos_token_id=ids("im_end"),
                 pad_token_id=ids("endoftext"), max_position_embeddings=4096)
-    if kind != "qwen2_vl": text["rope_parameters"] = rope | dict(mrope_interleaved=True) if "3" in kind else rope
-    if "3" in kind: text |= dict(head_dim=16)
+    if "3" in kind: text |= dict(head_dim=16, rope_parameters=rope | dict(mrope_interleaved=True))
     if kind.startswith("qwen3_5"):
         text |= dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=8,
                      linear_num_key_heads=4, linear_key_head_dim=16, linear_value_head_dim=8)
