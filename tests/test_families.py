@@ -324,3 +324,11 @@ def test_merged_it_is_a_folder_like_any_other(runs, kind):
         wanted = plain_loss(beside, preprocess, [preprocess.encode(e) for e in examples])
         found = plain_loss(whole, again, [again.encode(e) for e in examples])
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_experts_and_router_get_adapters_by_name(at_hand, kind):
+    "Four experts of 64 × 128 (gate and up) and 64 × 64 (down), and a router of 4 × 64, in each of two layers"
+    config, model, *_ = at_hand(kind, lora_target="experts,router", lora_rank=4)
+    trained = {name: p for name, p in build_adapter(model, config).named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == 2*4*(4*(64 + 128) + 4*(64 + 64) + (4 + 64))
