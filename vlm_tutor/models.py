@@ -401,15 +401,16 @@ READ_IN |= dict(
                   values='hub HuggingFaceM4/Idefics3-8B-Llama3: preprocessor_config.json, '
                          'leon-se/Idefics3-8B-Llama3-FP8-Dynamic: processor_config.json, a copy',
                   chat='hub HuggingFaceM4/Idefics3-8B-Llama3: preprocessor_config.json'),
-    idefics2=dict(licence='hub HuggingFaceM4/idefics2-8b',
+    idefics2=dict(licence='hub HuggingFaceM4/idefics2-8b', chat='transformers: docs/source/en/model_doc/idefics2.md',
                   values='hub huz-relay/idefics2-8b-ocr: preprocessor_config.json, a copy of idefics2-8b'),
     paligemma=dict(licence='hub google/paligemma-3b-pt-224-jax', chat=FACTORY,
                    values='hub mlx-community/paligemma-3b-mix-448-8bit: preprocessor_config.json, a copy'),
     gemma3=dict(licence='hub GrishaKushnir/gemma-3-4b-it, a copy', chat=FACTORY,
                 values='hub RedHatAI/gemma-3-12b-it-quantized.w4a16: preprocessor_config.json, a copy'),
-    gemma4=dict(licence='ai.google.dev/edge/litert-lm/models/gemma-4', chat=FACTORY,
+    gemma4=dict(licence='hub google/gemma-4-12B, for all sizes', chat=FACTORY,
                 values='hub lthn/lemmy-mlx: processor_config.json, a copy'),
-    gemma4_unified=dict(chat=FACTORY),
+    gemma4_unified=dict(licence='hub google/gemma-4-12B', chat=FACTORY,
+                        values='ollama.com/library/gemma4:12b-mlx-bf16: processor_config.json, a copy'),
     internvl=dict(licence='hub OpenGVLab/InternVL3_5-1B, InternVL3-1B, -8B-hf, -14B-hf, -78B', chat=FACTORY,
                   values='transformers: convert_internvl_weights_to_hf.py'))
 
