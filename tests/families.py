@@ -18,15 +18,15 @@ def qwen_config(kind, tokenizer):
     rows, ids = -(-len(tokenizer)//32)*32, lambda word: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
     text = dict(SIZES, vocab_size=rows, rope_parameters=rope, bos_token_id=None, eos_token_id=ids("im_end"),
                 pad_token_id=ids("endoftext"), max_position_embeddings=4096)
-    if kind != "qwen2_vl": text["rope_parameters"] = rope | dict(mrope_interleaved=True) if "3" in kind else rope
-    if "3" in kind: text |= dict(head_dim=16)
+    if "3" in kind: text |= dict(head_dim=16, rope_parameters=rope | dict(mrope_interleaved=True))
     if kind.startswith("qwen3_5"):
         text |= dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=8,
                      linear_num_key_heads=4, linear_key_head_dim=16, linear_value_head_dim=8)
         rope["partial_rotary_factor"], rope["mrope_section"] = .5, [2, 1, 1]
         text["rope_parameters"] = rope | dict(mrope_interleaved=True)
     if "moe" in kind:
-        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+        text |= dict(shared_expert_intermediate_size=64) if "3_5" in kind else dict(decoder_sparse_step=1)
     vision = dict(depth=3, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2)
     vision |= dict(qwen2_vl=dict(embed_dim=32, hidden_size=64, mlp_ratio=2),
                    qwen2_5_vl=dict(hidden_size=32, intermediate_size=64, out_hidden_size=64, window_size=32,
@@ -47,15 +47,15 @@ def smol_tokenizer():
     return tokenizer
 
 
-def smol_config(tokenizer):
-    "A small SmolVLM: tiles of 32 pixels, patches of 8, four tokens a tile"
+def smol_config(tokenizer, kind="smolvlm"):
+    "A small SmolVLM or Idefics3: tiles of 32 pixels, patches of 8, four tokens a tile"
     from transformers import AutoConfig
     rows, ids = -(-len(tokenizer)//32)*32, tokenizer.convert_tokens_to_ids
     text = dict(SIZES, model_type="llama", vocab_size=rows, bos_token_id=None, eos_token_id=ids("<end_of_utterance>"),
                 pad_token_id=ids("<|endoftext|>"), max_position_embeddings=4096)
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32,
                   patch_size=8)
-    return AutoConfig.for_model("smolvlm", text_config=text, vision_config=vision, scale_factor=2,
+    return AutoConfig.for_model(kind, text_config=text, vision_config=vision, scale_factor=2,
                                 image_token_id=ids("<image>"), tie_word_embeddings=False)
 
 
@@ -63,12 +63,14 @@ def parts(kind):
     "Processor and configuration of a small model"
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
     from vlm_tutor.tiny import TilesProcessor, build_processor
-    if kind != "smolvlm":
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    tiles = dict(smolvlm=SmolVLMImageProcessorPil, idefics3=Idefics3ImageProcessorPil)
+    if kind not in tiles:
         processor = build_processor()
         return processor, qwen_config(kind, processor.tokenizer)
     tokenizer = smol_tokenizer()
-    images = SmolVLMImageProcessorPil(size=dict(longest_edge=128), max_image_size=dict(longest_edge=32))
-    return TilesProcessor(images, tokenizer, SMOL_CHAT, 4), smol_config(tokenizer)
+    images = tiles[kind](size=dict(longest_edge=128), max_image_size=dict(longest_edge=32))
+    return TilesProcessor(images, tokenizer, SMOL_CHAT, 4), smol_config(tokenizer, kind)
 
 
 def build(kind, folder, seed=0):

@@ -22,12 +22,15 @@ from vlm_tutor.tiny import load_model, load_processor
 from vlm_tutor.train import events, train, trained_folder
 
 LEAN = {"qwen2_vl", "qwen2_5_vl"}  # whose layers the short way knows
-KEPT = LEAN | {"qwen3_5"}  # whose image features can be kept
+KEPT = LEAN | {"qwen3_5", "qwen3_5_moe"}  # whose image features can be kept
+TILED = {"smolvlm", "idefics3"}  # whose images are cut
+STATES = {"qwen3_5", "qwen3_5_moe"}  # with layers that keep a state instead of keys
 KINDS = [f.name for f in FAMILIES.values() if f.trains]
 each = pytest.mark.parametrize("kind", KINDS)
 FOUR, THREE = [(64, 64), (64, 32), (64, 32), (64, 64)], [(64, 128), (64, 128), (128, 64)]  # attention, MLP
 STATE = [(64, 192), (64, 64), (64, 8), (64, 8), (64, 64)]  # Qwen3.5's first layer instead of attention
-LAYERS = dict(qwen3_vl_moe=2*FOUR, qwen3_5=STATE + [(64, 128), *FOUR[1:]] + 2*THREE)  # its query brings a gate
+GATED = STATE + [(64, 128), *FOUR[1:]]  # the query of its second layer brings a gate
+LAYERS = dict(qwen3_vl_moe=2*FOUR, qwen3_5=GATED + 2*THREE, qwen3_5_moe=GATED + 6*[(64, 64)])  # a shared expert a layer
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def test_the_question_and_answer_read_as_the_chat_template_writes_them(at_hand, 
 @each
 def test_filling_and_empty_tiles_change_no_loss(at_hand, kind):
     _, model, preprocess, rows = at_hand(kind)
-    if kind == "smolvlm":  # one row with fewer tiles
+    if kind in TILED:  # one row with fewer tiles
         small = Preprocess(preprocess.processor, 4096, image_max_pixels=64*64)
         rows[1] = small.encode(split_examples(at_hand(kind)[0], "train")[1])
         assert len({row["pixel_values"].shape[1] for row in rows}) > 1
@@ -146,10 +149,11 @@ def test_the_engine_learns_what_plain_transformers_would(at_hand, kind, memory):
 def test_who_cannot_go_the_short_way_says_why(at_hand, kind):
     config, model, *_ = at_hand(kind)
     later = "a tower that speaks to later layers ({})".format
-    reasons = dict(qwen3_vl=later(kind), qwen3_vl_moe=later(kind), smolvlm="another architecture (smolvlm)",
-                   qwen3_5="it does not know the layer part linear_attn")
+    reasons = dict(qwen3_vl=later(kind), qwen3_vl_moe=later(kind),
+                   **dict.fromkeys(TILED, f"another architecture ({kind})"),
+                   **dict.fromkeys(STATES, "it does not know the layer part linear_attn"))
     kept = dict.fromkeys(["qwen3_vl", "qwen3_vl_moe"], "the tower speaks to later layers too")
-    assert why_not_kept(model) == (kept | dict(smolvlm="its images are looked at in tiles")).get(kind)
+    assert why_not_kept(model) == (kept | dict.fromkeys(TILED, "its images are looked at in tiles")).get(kind)
     assert why_not_lean(build_adapter(model, config)) == reasons.get(kind)
 
 
@@ -233,7 +237,7 @@ HELD = {("smolvlm", "full"), ("smolvlm", "prefix"), ("qwen3_vl", "prompt"), ("qw
 WEAK = {"prompt": 1, "p_tuning": 1}  # a base that knows nothing is hardly led by words in front
 WORDS = [pytest.param(kind, word, marks=[] if (kind, word) in HELD else pytest.mark.slow) for kind in KINDS[1:]
          for word in ("qlora", "dora", "ia3", "full", "freeze", "prompt", "prefix", "p_tuning")
-         if (kind, word) != ("qwen3_5", "prefix")]
+         if not (kind in STATES and word == "prefix")]
 
 
 @pytest.mark.parametrize("kind, word", WORDS)
@@ -275,7 +279,7 @@ def test_the_planner_and_the_checks_count_the_same_tokens(at_hand, kind):
     exact = [preprocess.lengths(example) for example in examples]
     for example, told, truth in zip(examples, counts, exact):
         assert truth["length"] == len(preprocess.encode(example)["input_ids"])
-        assert 0 <= truth["length"] - told["length"] <= 1 + (kind == "smolvlm") # a blank before the answer, two breaks
+        assert 0 <= truth["length"] - told["length"] <= 1 + (kind in TILED) # a blank before the answer, two breaks
     assert plan["image"] == pytest.approx(sum(one["image"] for one in exact)/len(exact), abs=2)
 
 
@@ -290,8 +294,9 @@ def test_a_family_that_is_not_known_is_refused_at_once(data, tmp_path, kind, sai
     assert "\n" not in str(raised.value) and "qwen3_vl" in str(raised.value)
 
 
-def test_a_prefix_needs_keys_in_every_layer(data, folder, tmp_path):
-    more = options(data, folder("qwen3_5"), tmp_path/"run", finetuning_type="prefix")
+@pytest.mark.parametrize("kind", sorted(STATES))
+def test_a_prefix_needs_keys_in_every_layer(data, folder, tmp_path, kind):
+    more = options(data, folder(kind), tmp_path/"run", finetuning_type="prefix")
     with pytest.raises(VlmError, match="1 layers, from layer 0 on, keep a state"): train("tiny", overrides=more)
 
 
@@ -319,3 +324,11 @@ def test_merged_it_is_a_folder_like_any_other(runs, kind):
         wanted = plain_loss(beside, preprocess, [preprocess.encode(e) for e in examples])
         found = plain_loss(whole, again, [again.encode(e) for e in examples])
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_experts_and_router_get_adapters_by_name(at_hand, kind):
+    "Four experts of 64 × 128 (gate and up) and 64 × 64 (down), and a router of 4 × 64, in each of two layers"
+    config, model, *_ = at_hand(kind, lora_target="experts,router", lora_rank=4)
+    trained = {name: p for name, p in build_adapter(model, config).named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == 2*4*(4*(64 + 128) + 4*(64 + 64) + (4 + 64))

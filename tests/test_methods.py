@@ -5,7 +5,7 @@ import pytest
 
 import vlm_tutor.config as config
 from vlm_tutor.core import VlmError
-from vlm_tutor.methods import MATRICES, METHODS, TOTALS, find_method, methods, state_bytes
+from vlm_tutor.methods import MATRICES, METHODS, PAPERS, TOTALS, find_method, methods, state_bytes
 
 LAYERS = r".*language_model\.layers\.\d+\."
 MATRIX = LAYERS + r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -118,6 +118,8 @@ def test_a_row_is_whole():
         assert name == m.name and re.fullmatch(r"\d{4}\.\d{5}", m.arxiv) and re.search(r", (19|20)\d\d$", m.paper), name
         assert all([m.title, m.idea, m.trains, m.cost, m.fits, m.avoid]) and m.idea.endswith("."), name
         assert 0 < m.share <= 1 and m.bits in (4, 8, 16), name
+        assert m.facts()["paper read in"] == PAPERS[m.arxiv][1] and PAPERS[m.arxiv][0] in m.facts()["paper"]
+    assert set(PAPERS) == {m.arxiv for m in METHODS.values()}
     assert {m.family for m in METHODS.values()} == {"full", "lora", "other adapters", "soft prompts", "quantised",
                                                     "experts"}
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_tutor.core import VlmError
-from vlm_tutor.models import FAMILIES, RULES, Family, add_family, find_family, models, read_family, size_tokens
+from vlm_tutor.models import (CHECKED, FAMILIES, READ_IN, RULES, Family, add_family, find_family, models, read_family,
+                              size_tokens)
 
 SIZES = [(864, 1296), (1296, 864), (600, 900), (333, 777), (64, 48), (17, 400), (400, 17), (28, 28), (31, 29),
          (512, 512), (1024, 512), (513, 511), (448, 1344), (899, 300), (1000, 999), (2049, 100)]
@@ -151,6 +152,21 @@ def test_the_names_are_those_of_the_architecture(family, kind):
     assert linear - inside - whole <= {"model.language_model.per_layer_model_projection"}
 
 
+# --- where it was read ------------------------------------------------------------------------------------------------
+def test_what_was_read_nowhere_is_marked():
+    "In the data, in the list and on a family's own page"
+    assert set(READ_IN) <= set(FAMILIES) and all(set(read) <= set(CHECKED) for read in READ_IN.values())
+    assert all(re.search(r"[/:]", place) for read in READ_IN.values() for place in read.values())
+    for row in models()["families"]:
+        family = FAMILIES[row["name"]]
+        missing = set(CHECKED) - set(READ_IN.get(family.name, {}))
+        partly = {what for what, place in READ_IN.get(family.name, {}).items() if "not confirmed" in place}
+        assert set(family.unconfirmed) == missing | partly
+        assert row["unconfirmed"] == (", ".join(family.unconfirmed) or "-")
+        assert family.facts()["not confirmed"] == (", ".join(family.unconfirmed) or "nothing")
+    assert FAMILIES["qwen4_exp"].unconfirmed == CHECKED and not FAMILIES["qwen2_vl"].unconfirmed
+
+
 # --- finding, adding, showing -----------------------------------------------------------------------------------------
 def test_one_row_for_each_type_and_a_rule_for_each_row():
     kinds = [kind for f in FAMILIES.values() for kind in f.types]
@@ -190,6 +206,10 @@ def test_size_tokens_is_the_rule_of_the_checks():
 @pytest.mark.parametrize("given, said", [
     (dict(model_name_or_path="Qwen/Qwen3-VL-2B-Instruct"), "write template=qwen3_vl_nothink"),
     (dict(model_name_or_path="HuggingFaceTB/SmolVLM2-2.2B-Instruct"), "LLaMA-Factory has no template for SmolVLM"),
+    (dict(model_name_or_path="google/gemma-4-E2B-it", template="gemma4"), "write template=gemma4n"),
+    (dict(model_name_or_path="google/gemma-4-31B-it", template="gemma4n"), "write template=gemma4"),
+    (dict(model_name_or_path="zai-org/GLM-4.6V-Flash", template="glm4v"), "write template=glm4_5v"),
+    (dict(model_name_or_path="google/gemma-4-E2B-it", template="gemma4n"), None),
     (dict(model_name_or_path="Qwen/Qwen3-VL-2B-Instruct", template="qwen3_vl"), None), (dict(), None)])
 def test_llama_factory_is_not_handed_another_familys_template(given, said):
     from vlm_tutor.config import load_config

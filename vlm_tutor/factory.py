@@ -47,10 +47,11 @@ FACTORY_TYPES = (*LORA, *WEIGHTS)
 def _wrong_template(config):
     "What is wrong with a template, by the family of the model; empty when nothing is known to be"
     family = guess_family(config.model_name_or_path)
-    if not family or config.template == family.template: return ''
+    fitting = family.templates(config.model_name_or_path) if family else ()
+    if not family or config.template in fitting: return ''
     if not family.template: return f'LLaMA-Factory has no template for {family.title}'
-    if config.template not in {f.template for f in FAMILIES.values()}: return ''
-    return f'template={config.template} is not for {family.title}; write template={family.template}'
+    if config.template not in {name for f in FAMILIES.values() for name in f.templates('')}: return ''
+    return f'template={config.template} is not for {family.title}; write template={fitting[0]}'
 
 # %% ../nbs/19_factory.ipynb #a2c97239
 def check_factory(

@@ -57,8 +57,8 @@ def decoder(
 def linear_layers(
     model, # a VLM
 ) -> dict: # layer name: part
-    "The linear layers of each part of the model, without the output head"
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    "The linear layers of each part of the model, without the output head and gates of one number"
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.out_features > 1]
     return {name: model_part(name) for name in names if model_part(name)}
 
 # %% ../nbs/14_lora.ipynb #f678d2ce
