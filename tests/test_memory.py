@@ -1,4 +1,4 @@
-"""The planner against living tensors, models that transformers builds, the real preprocessing, tables worked by hand."""
+"""The planner against living tensors, models that transformers builds, real preprocessing, tables worked by hand."""
 import json, subprocess, sys, weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,11 +10,13 @@ from families import parts as small_parts
 import vlm_tutor.memory as memory
 from vlm_tutor.config import Config, load_config
 from vlm_tutor.core import VlmError
-from vlm_tutor.memory import (KEPT, MEMORY, SHAPES, SHORT, Case, Learn, Load, active_matrices, calibrate, calibration_row,
-                              config_learn, count_learning, count_shape, find_shape, fit, full_image, heaviest,
-                              method_of, own_load, peak_bytes, plain, plan, plan_items, rank_methods, recommend,
-                              sample_flops, score_bytes, size_parts, total_size, weight_items, what_to_change)
+from vlm_tutor.memory import (KEPT, MEMORY, SHAPES, SHORT, Case, Learn, Load, active_matrices, calibrate,
+                              calibration_row, config_learn, count_learning, count_shape, find_shape, fit, full_image,
+                              heaviest, method_of, own_load, peak_bytes, plain, plan, plan_items, rank_methods,
+                              recommend, sample_flops, score_bytes, size_parts, total_size, weight_items,
+                              what_to_change)
 from vlm_tutor.methods import METHODS
+from vlm_tutor.models import find_family
 
 TWO, LORA = SHAPES["Qwen/Qwen2-VL-2B-Instruct"], METHODS["lora"]
 HELD_BEFORE = {"frozen weights", "weights that learn", "optimiser averages", "activations of the tower",
@@ -202,7 +204,7 @@ def test_as_many_weights_learn_as_in_the_model_that_is_built(odd_config, kind):
     s, known = count_shape(whole), AutoConfig.for_model(kind, **{k: v for k, v in whole.items() if k != "model_type"})
     for name, change in (WAYS | (MIXED if "moe" in kind else {})).items():
         if name == "prefix" and kind == "qwen3_5" or name.startswith("qat") and "moe" in kind: continue
-        config = load_config("tiny", dict(lora_rank=4) | change)
+        config = load_config("tiny", dict(lora_rank=4, model_name_or_path=find_family(kind).models[0]) | change)
         model = AutoModelForImageTextToText.from_config(known)
         found = count_trainable(build_method(model, config))["trainable"]
         assert count_learning(s, method_of(config), config_learn(config)) == found, (kind, name)

@@ -64,8 +64,9 @@ def _patches(config, family):
 def _layers_of(model):
     "Linear layers and stacks of a model, each kind once"
     import torch
+    there = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
     linear = Counter((model_part(name), name.rpartition('.')[2], layer.in_features, layer.out_features)
-                     for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and model_part(name))
+                     for name, layer in there if model_part(name))
     bare = [(found[1], *(p.shape if p.dim() == 3 else (1, *p.shape))) for name, p in model.named_parameters()
             if (found := re.search(r'\.mlp\.(experts|gate)\.(?:\w+_proj|weight)$', name))]
     stacks = Counter(('router' if kind == 'gate' else kind, a, b, experts) for kind, experts, b, a in bare)
@@ -88,6 +89,7 @@ def _mean(linear, name, place):
     rows = [(row[place], row[4]) for row in linear if row[:2] == ['language', name]]
     return round(sum(size*n for size, n in rows)/max(1, sum(n for _, n in rows)))
 
+# %% ../nbs/04_memory.ipynb #fd24fd21
 def _shape_of(model, config, family):
     "The shape of a model on empty weights"
     text, vision = config.get_text_config(), getattr(config, 'vision_config', None)
@@ -219,6 +221,7 @@ def _whole(s, m, learn):
     chosen = s.blocks[-learn.layers:] if learn.layers > 0 else s.blocks[:-learn.layers]
     return sum(chosen) + sum(s.parts[part] for part in learn.parts if part != 'language')
 
+# %% ../nbs/04_memory.ipynb #30818775
 def count_learning(
     s: Shape, # of a model
     m: Method, # a row of the survey
