@@ -75,14 +75,14 @@ def _layers_of(model):
 # %% ../nbs/04_memory.ipynb #134a9d6b
 def _parts_of(model, language):
     "Parameters of each part, and of each decoder layer"
-    parts, blocks = Counter(language=0, vision=0, projector=0), Counter()
+    parts, blocks = dict(language=0, vision=0, projector=0), Counter()
     for name, p in model.named_parameters():
         parts[model_part(name) or 'language'] += p.numel()
         found = re.search(rf'\.{language}\.layers\.(\d+)\.', name)
         if found: blocks[int(found[1])] += p.numel()
-    head = dict(model.named_parameters()).get('lm_head.weight')
-    return dict(parts, embedding=model.get_input_embeddings().weight.numel(), head=0 if head is None else head.numel()), \
-        [blocks[i] for i in sorted(blocks)]
+    head = next((p.numel() for name, p in model.named_parameters() if name == 'lm_head.weight'), 0) # 0 when it is tied
+    parts |= dict(embedding=model.get_input_embeddings().weight.numel(), head=head)
+    return dict(parts), [blocks[i] for i in sorted(blocks)]
 
 def _mean(linear, name, place):
     "The mean width of a kind of layer in the decoder"
@@ -100,8 +100,8 @@ def _shape_of(model, config, family):
     get = lambda *names: next((getattr(vision, name) for name in names if getattr(vision, name, None)), 0)
     return Shape(config.model_type, width, layers, text.num_attention_heads, _mean(linear, 'o_proj', 2) or width,
                  _mean(linear, 'k_proj', 3) or width, round(inner/layers), text.vocab_size,
-                 get('depth', 'num_hidden_layers'), get('embed_dim', 'hidden_size'), _patches(config, family), used or 0,
-                 parts, blocks, linear, stacks)
+                 get('depth', 'num_hidden_layers'), get('embed_dim', 'hidden_size'), _patches(config, family),
+                 used or 0, parts, blocks, linear, stacks)
 
 # %% ../nbs/04_memory.ipynb #6aff6fdc
 def count_shape(
@@ -370,7 +370,7 @@ def sample_flops(
     "Multiplications and additions of one row in one epoch; an estimate, attention included"
     p, T, patches = size_parts(s), load.tokens, load.image*s.patches
     back = min(1, (load.learn or survey_learn(m)).layers/s.layers) if m.name == 'freeze' else 1 # it ends early
-    passes = 1 + back*(1 + (not m.adds or m.name in QAT)) + (load.memory == 'layers') # whole matrices: their gradient too
+    passes = 1 + back*(1 + (not m.adds or m.name in QAT)) + (load.memory == 'layers') # whole matrices: gradient
     language = passes*(2*active_matrices(s)*T + 2*T*T*s.query*s.layers)
     scored = load.answer if load.answer_only else T
     look = 2*p['tower']*patches + 4*patches**2*s.tower*s.depth + 2*p['merger']*load.image
@@ -420,6 +420,7 @@ def _image_rule(config, s):
     values = limit_values(family.own_values(folder) | s.values, config.image_max_pixels, config.image_min_pixels)
     return lambda width, height: family.seen(width, height, values)
 
+# %% ../nbs/04_memory.ipynb #5edae100
 def full_image(
     config: Config, # limits the size of images
     s: Shape, # of its model
@@ -482,6 +483,7 @@ def config_learn(
     return Learn(config.lora_rank, config.lora_target, tuple(part for part, no in zip(PARTS, shut) if not no),
                  config.freeze_trainable_layers, config.num_virtual_tokens, config.encoder_hidden_size)
 
+# %% ../nbs/04_memory.ipynb #d0236f24
 def method_of(
     config: Config, # what is asked for
 ) -> Method: # its row in the survey
@@ -515,6 +517,7 @@ def make_load(
                 rows['images'], 2 if c.bf16 or c.fp16 else 4, not c.use_cpu, lean, 'keep',
                 c.answer_only_logits or lean, cached, learn)
 
+# %% ../nbs/04_memory.ipynb #94275bb9
 def own_load(
     config: Config, # what is asked for
     load: Load, # from `make_load`: as many rows as asked for, as long as the longest
@@ -612,11 +615,12 @@ def _planned(c, gpu_memory, tflops):
     items, samples = [plan_items(s, m, one) for one in loads], steps['steps']*c.per_device_train_batch_size*pieces
     typical = min(loads[1].tokens, load.image + rows['prompt'] + rows['answer']) # we fill nothing up
     hours = [plan_hours(s, m, one, samples, rate) for one in (replace(loads[0], tokens=typical), loads[1])]
-    data = dict(items=compare_items(*items), rows={k: v for k, v in rows.items() if k != 'lengths'}, steps=steps, hours=dict(ours=hours[0], plain=hours[1]),
+    told = {key: value for key, value in rows.items() if key != 'lengths'}
+    data = dict(items=compare_items(*items), rows=told, steps=steps, hours=dict(ours=hours[0], plain=hours[1]),
                 fits=bool(fits) if gpu_memory else None, load=asdict(loads[0]), change=what_to_change(s, m, load))
     lines = _words(c, rows, steps, loads, hours, rate, full_image(c, s))
     state = any(name.startswith('in_proj') for _, name, *_ in s.linear)
-    return data, lines + state*['note     layers that keep a state hold more than is planned: 30 % of a step, in a test']
+    return data, lines + state*['note     layers that keep a state hold more than is planned: a test found 40 % more']
 
 # %% ../nbs/04_memory.ipynb #dc4095e1
 def plan(
