@@ -246,6 +246,20 @@ def test_bad_folders_and_names_are_one_error(tmp_path):
     with pytest.raises(VlmError, match="no sizes are known"): find_shape("me/qwen3-vl-4b-receipts-and-more")
 
 
+@pytest.mark.parametrize("words, said", [
+    (["lora_rank=300"], "lora_rank 300 is above the width .* Allowed: up to 256"), (["lora_target=gate"], "names no layer"),
+    (["finetuning_type=freeze", "freeze_trainable_layers=29"], "Allowed: from -28 to 28, without 0")])
+def test_what_the_engine_would_refuse_is_not_planned(words, said):
+    with pytest.raises(VlmError, match=said): plan("cord", overrides=words)
+    plan("cord", overrides=["lora_rank=256"])
+
+
+def test_a_recommendation_runs_the_model_that_was_asked_for():
+    for model in ("qwen3-vl-4b", "qwen2-vl-2b"):
+        found = recommend(model=model, gpu_memory=80, examples=500)
+        assert ("model_name_or_path=Qwen/Qwen3-VL-4B-Instruct" in found.text.splitlines()[-1]) == ("3" in model)
+
+
 def test_a_known_model_needs_no_torch():
     code = "import sys; from vlm_tutor.memory import plan; plan('cord', overrides=['model_name_or_path=qwen3-vl-8b'])"
     code += "; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

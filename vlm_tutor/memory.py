@@ -8,11 +8,11 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/memory.html.md"""
 __all__ = ['ODD', 'KNOWN', 'SOURCES', 'SHAPES', 'PARTS', 'OPEN', 'WORDS', 'MEMORY', 'CONTEXT', 'PROCESS', 'HELD', 'LEAN', 'SHORT',
            'KEPT', 'ASSUMED', 'RATE', 'CPU_RATE', 'GOALS', 'SHIFTS', 'CANDIDATES', 'SOME', 'MUCH', 'ADAPTERS', 'SOFT',
            'Shape', 'count_shape', 'size_parts', 'total_size', 'active_matrices', 'record_shapes', 'short_name',
-           'full_name', 'find_shape', 'Learn', 'survey_learn', 'count_learning', 'Load', 'plain', 'layer_bytes',
-           'score_bytes', 'weight_items', 'peak_bytes', 'kept_bytes', 'plan_items', 'sample_flops', 'plan_hours',
-           'text_counter', 'full_image', 'measure_rows', 'heaviest', 'config_learn', 'method_of', 'make_load',
-           'own_load', 'fit', 'what_to_change', 'compare_items', 'plan', 'calibration_row', 'calibrate', 'Case',
-           'goal_rules', 'rules', 'rank_methods', 'recommend']
+           'full_name', 'find_shape', 'Learn', 'survey_learn', 'count_learning', 'check_learn', 'Load', 'plain',
+           'layer_bytes', 'score_bytes', 'weight_items', 'peak_bytes', 'kept_bytes', 'plan_items', 'sample_flops',
+           'plan_hours', 'text_counter', 'full_image', 'measure_rows', 'heaviest', 'config_learn', 'method_of',
+           'make_load', 'own_load', 'fit', 'what_to_change', 'compare_items', 'plan', 'calibration_row', 'calibrate',
+           'Case', 'goal_rules', 'rules', 'rank_methods', 'recommend']
 
 # %% ../nbs/04_memory.ipynb #07ae96f0
 import json, math, random, re
@@ -240,6 +240,26 @@ def count_learning(
     if m.name in WORDS or m.name == 'lora_all' or m.trainable == METHODS['lora'].trainable or m.name == 'dora':
         return sum((learn.rank*(a + b) + b*(m.name == 'dora'))*n for a, b, n in beside)
     return round(m.trainable*s.parts['language']/METHODS['full'].trainable)
+
+# %% ../nbs/04_memory.ipynb #23a1b17d
+def check_learn(
+    s: Shape, # of a model
+    m: Method, # a row of the survey
+    learn: Learn, # how much
+):
+    "Refuse what the engine would refuse: a rank above a width, more layers than there are, names of no layer"
+    if m.name == 'freeze' and abs(learn.layers) > s.layers:
+        raise VlmError(f'freeze_trainable_layers is {learn.layers}',
+                       f'Allowed: from -{s.layers} to {s.layers}, without 0')
+    if m.family == 'full' or m.name == 'qat' or m.name in ('ia3', 'prompt', 'prefix', 'p_tuning'): return
+    rows = _low_rank(s, learn)
+    if not rows: raise VlmError(f"lora_target '{learn.targets}' names no layer of {s.family}",
+                                sorted({'all', *(row[1] for row in s.linear if row[0] in learn.parts)}))
+    width = min(min(a, b) for a, b, _ in rows)
+    if learn.rank > width:
+        name = next((row[1] for row in s.linear if row[0] in learn.parts and width in row[2:4]), 'experts')
+        raise VlmError(f"lora_rank {learn.rank} is above the width of '{name}' of {s.family}", f'Allowed: up to {width}',
+                       'Lower it, or leave the layer out of lora_target')
 
 # %% ../nbs/04_memory.ipynb #e658e02d
 MEMORY = ('keep', 'gates', 'layers') # what is computed twice: nothing, the MLP's gates, whole layers
@@ -606,6 +626,7 @@ def _words(config, rows, steps, loads, hours, rate, full):
 def _planned(c, gpu_memory, tflops):
     "All figures of a plan, and the lines about them"
     s, m = find_shape(c.model_name_or_path), method_of(c)
+    check_learn(s, m, config_learn(c))
     rows, rate = measure_rows(c, s) or ASSUMED, tflops or (CPU_RATE if c.use_cpu else RATE)
     load, steps, pieces = make_load(c, s, rows), plan_steps(c, rows['n']), c.gradient_accumulation_steps
     whole = replace(load, rows=load.rows*(pieces if load.gpu else 1)) # on a GPU our engine tries a whole step at once
@@ -726,9 +747,10 @@ def rules(
     return [(names, points, why) for holds, names, points, why in found if holds]
 
 # %% ../nbs/04_memory.ipynb #98b39c4b
-def _how_to_run(m):
-    "A command for a method, and by which engine"
-    if m.native: return f'vlm train cord-better data=FOLDER {m.native}'
+def _how_to_run(m, model):
+    "A command for a method and a model, and by which engine"
+    named = '' if full_name(model) == 'Qwen/Qwen2-VL-2B-Instruct' else f'model_name_or_path={full_name(model)} '
+    if m.native: return f'vlm train cord-better data=FOLDER {named}{m.native}'
     return f'LLaMA-Factory: {m.factory}' if m.factory else ''
 
 # %% ../nbs/04_memory.ipynb #bf9fb08c
@@ -736,6 +758,7 @@ def rank_methods(
     s: Shape, # of a model
     case: Case, # what is asked for
     gb: float, # of the card
+    model: str = 'qwen2-vl-2b', # its name, for the command
 ) -> list: # dicts: method, points, fits, gb, rows, reasons, run; what fits and runs comes first, best first
     "All candidates with their points and reasons"
     ranked = []
@@ -747,7 +770,7 @@ def rank_methods(
         planned = found or replace(load, rows=1, memory='layers')
         held = [(points, why) for names, points, why in rules(case) if name in names]
         ranked.append(dict(method=name, points=sum(points for points, _ in held), fits=bool(found), rows=planned.rows,
-                           gb=peak_bytes(plan_items(s, m, planned))/1e9, run=_how_to_run(m),
+                           gb=peak_bytes(plan_items(s, m, planned))/1e9, run=_how_to_run(m, model),
                            reasons=[f'{points:+d} {why}' for points, why in held]))
     return sorted(ranked, key=lambda row: (not (row['fits'] and row['run']), -row['points'], row['gb']))
 
@@ -792,7 +815,7 @@ def recommend(
     "Which method for this model, card, data and goal, with the rule behind each"
     case = Case(examples, goal, shift, keep_skills, adapters_stalled)
     _check_case(case, gpu_memory)
-    ranked = rank_methods(find_shape(model), case, gpu_memory)
+    ranked = rank_methods(find_shape(model), case, gpu_memory, model)
     found, (text, markdown) = ranked[0]['fits'] and ranked[0]['run'], _say_ranked(ranked, gpu_memory)
     data = dict(model=model, gpu_memory=gpu_memory, case=asdict(case), method=ranked[0]['method'] if found else None,
                 ranked=ranked)
