@@ -247,7 +247,8 @@ def test_bad_folders_and_names_are_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["lora_rank=300"], "lora_rank 300 is above the width .* Allowed: up to 256"), (["lora_target=gate"], "names no layer"),
+    (["lora_rank=300"], "lora_rank 300 is above the width .* Allowed: up to 256"),
+    (["lora_target=gate"], "names no layer"),
     (["finetuning_type=freeze", "freeze_trainable_layers=29"], "Allowed: from -28 to 28, without 0")])
 def test_what_the_engine_would_refuse_is_not_planned(words, said):
     with pytest.raises(VlmError, match=said): plan("cord", overrides=words)

@@ -258,8 +258,8 @@ def check_learn(
     width = min(min(a, b) for a, b, _ in rows)
     if learn.rank > width:
         name = next((row[1] for row in s.linear if row[0] in learn.parts and width in row[2:4]), 'experts')
-        raise VlmError(f"lora_rank {learn.rank} is above the width of '{name}' of {s.family}", f'Allowed: up to {width}',
-                       'Lower it, or leave the layer out of lora_target')
+        raise VlmError(f"lora_rank {learn.rank} is above the width of '{name}' of {s.family}",
+                       f'Allowed: up to {width}', 'Lower it, or leave the layer out of lora_target')
 
 # %% ../nbs/04_memory.ipynb #e658e02d
 MEMORY = ('keep', 'gates', 'layers') # what is computed twice: nothing, the MLP's gates, whole layers
