@@ -7,7 +7,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/models.html.md"""
 # %% auto #0
 __all__ = ['RULES', 'SEVEN', 'FOUR', 'LINEAR', 'SHARED', 'QWEN', 'OLD', 'NEW', 'FAMILIES', 'TILES', 'GEMMA', 'GLM', 'FACTORY',
            'READ_IN', 'CHECKED', 'size_tokens', 'Seen', 'rule', 'Family', 'limit_values', 'add_family', 'all_types',
-           'find_family', 'read_family', 'guess_family', 'model_rows', 'models']
+           'find_family', 'read_family', 'guess_family', 'part_names', 'model_part', 'model_rows', 'models']
 
 # %% ../nbs/02_models.ipynb #00962a16
 import math, re
@@ -487,6 +487,21 @@ def own_values(self: Family,
                longest_edge=found.get('max_pixels') or size.get('longest_edge'), tokens=found.get('image_seq_len'),
                **{name: found.get(name) for name in names})
     return self.values | {name: value for name, value in own.items() if value and name in self.values}
+
+# %% ../nbs/02_models.ipynb #88dac12e
+def part_names() -> tuple: # words of towers, words of what brings their output into the language model
+    "The words in the names of layers that tell the parts of a model apart"
+    rows = FAMILIES.values()
+    return {f.tower for f in rows}, {f.merger.rpartition('.')[2] for f in rows} | {'deepstack_merger_list'}
+
+def model_part(
+    name: str, # a layer's full name, such as "model.visual.merger.mlp.0"
+) -> str|None: # "vision", "projector", "language", or None for the output head
+    "The part of a VLM that a layer belongs to"
+    (towers, projectors), words = part_names(), set(name.split('.'))
+    if projectors & words: return 'projector'
+    if towers & words: return 'vision'
+    return 'language' if 'layers' in words else None
 
 # %% ../nbs/02_models.ipynb #8fcea511
 def model_rows(
