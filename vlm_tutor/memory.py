@@ -64,7 +64,8 @@ def _patches(config, family):
 def _layers_of(model):
     "Linear layers and stacks of a model, each kind once"
     import torch
-    there = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    there = [(name, layer) for name, layer in model.named_modules()
+             if isinstance(layer, torch.nn.Linear) and layer.out_features > 1] # gates of one number get no adapter
     linear = Counter((model_part(name), name.rpartition('.')[2], layer.in_features, layer.out_features)
                      for name, layer in there if model_part(name))
     bare = [(found[1], *(p.shape if p.dim() == 3 else (1, *p.shape))) for name, p in model.named_parameters()
