@@ -420,7 +420,9 @@ def plan(
     "What a run will take: memory item by item, steps, hours, rows too long, what to change"
     for name, value in dict(gpu_memory=gpu_memory, tflops=tflops).items():
         if value is not None and not value > 0: raise VlmError(f'{name} is {value:g}', 'Allowed: a number above 0')
-    data, lines = _planned(load_config(config, overrides), gpu_memory, tflops)
+    found = load_config(config, overrides)
+    data, lines = _planned(found, gpu_memory, tflops)
+    if found.carried: lines.append(f'rate     {found.carried}')
     if gpu_memory: lines.append(f"fits     {'yes' if data['fits'] else 'no'}: {gpu_memory:g} GB")
     after = ' '.join(['next     vlm train', str(config), *overrides])
     parts = [table(data['items']), '\n'.join(lines), table(data['change']), after]
