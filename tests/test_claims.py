@@ -47,11 +47,12 @@ def test_methods_holds_every_method_of_the_engine_and_claims_share_their_runs():
 
 
 def test_budget_holds_each_native_row_by_its_words_alone():
-    rows = {name: parse_overrides(m.native.split()) for name, m in METHODS.items() if m.native and m.family != "experts"}
-    found = load_claims("budget")["arms"]
+    mine = [m for m in METHODS.values() if m.native and m.family != "experts"]
+    rows, found = {m.name: parse_overrides(m.native.split()) for m in mine}, load_claims("budget")["arms"]
+    free = {"max_steps", "per_device_train_batch_size"}
     assert found.keys() == rows.keys()
     for name, changes in found.items():
-        assert {key: value for key, value in changes.items() if key not in ("max_steps", "per_device_train_batch_size")} == rows[name]
+        assert {key: value for key, value in changes.items() if key not in free} == rows[name]
 
 
 def test_equal_time_shares_runs_with_budget_and_names_no_rate():

@@ -6,7 +6,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/claims.html.md"""
 
 # %% auto #0
 __all__ = ['CLAIMS', 'MEASURES', 'STUDENT', 'claim_files', 'load_claims', 'arm_points', 'held_memory', 'train_and_tell',
-           'train_apart', 'step_seconds', 'loss_curve', 'arm_scores', 'vanilla_scores', 'kept_scores', 'seed_interval',
+           'train_apart', 'step_seconds', 'arm_scores', 'kept_scores', 'loss_curve', 'vanilla_scores', 'seed_interval',
            'claim_verdict', 'arm_groups', 'judge_claim', 'measure_arms', 'arm_rows', 'claim_rows', 'plot_arms',
            'claims_result']
 
@@ -105,15 +105,6 @@ def step_seconds(
     times = [row['seconds'] for row in events(run, 'step')]
     return statistics.median(b - a for a, b in zip(times, times[1:])) if times[1:] else times[0]
 
-def loss_curve(
-    run: RunFolder, # a finished run with logging_steps=1
-    parts: int = 10, # of the run
-) -> list: # losses
-    "The mean training loss of each part of a run"
-    losses = [row['loss'] for row in events(run, 'step')]
-    cuts = [len(losses)*i//parts for i in range(parts + 1)]
-    return [round(statistics.mean(losses[a:b]), 4) for a, b in zip(cuts, cuts[1:]) if b > a]
-
 def _arm_config(run, preset, changes, data):
     "One run without validation, every step in its log"
     fixed = dict(data=str(data), output_dir=str(run.path), val_size=0, eval_strategy='no', save_strategy='no',
@@ -126,7 +117,7 @@ def arm_scores(
     preset: str, # what all arms share
     changes: dict, # of the preset
     data: Path, # the data set
-) -> dict: # field_f1, ci, peak_mib, seconds_per_step, adapter_mb, trainable, loss, curve and more
+) -> dict: # field_f1, ci, peak_mib, seconds_per_step, adapter_mb, trainable, loss, steps and more
     "Train and judge one run; what is on file is not done again"
     file = run.path/'point.json'
     if file.exists(): return read_json_file(file)
@@ -138,7 +129,7 @@ def arm_scores(
     found |= {name: done[name] for name in ('loss', 'steps', 'rows', 'trainable', 'seconds', 'cpu_seconds', 'peak_mib')}
     size = sum(path.stat().st_size for path in trained_folder(run).glob('*.safetensors'))/1e6
     found |= dict(ci=dict(field_f1=scores['ci']['field_f1']), changes=changes, adapter_mb=size,
-                  seconds_per_step=step_seconds(run), curve=loss_curve(run))
+                  seconds_per_step=step_seconds(run))
     atomic_write(file, json.dumps(found) + '\n')
     return found
 
@@ -149,14 +140,6 @@ def _look_once(folder, experiment, data):
     if run.path.exists(): return
     share_features(run.path, folder)
     train_apart(_arm_config(run, experiment['preset'], dict(max_steps=1), data))
-
-def vanilla_scores(
-    run: RunFolder, # any run on these receipts
-) -> dict: # n, field_f1, ci
-    "What the base scores before it is trained"
-    predict(str(run.path), 'vanilla-model')
-    scores = evaluate(str(run.path), 'vanilla-model')
-    return dict(n=scores['n'], field_f1=scores['field_f1'], ci=dict(field_f1=scores['ci']['field_f1']))
 
 def kept_scores(
     folder: Path, # from `runs_folder`
@@ -171,6 +154,29 @@ def kept_scores(
     names = dict(zip(runs, ['finetuned-model', *(run.path.name for run in others)]))
     before = dict({'vanilla-model': rows['finetuned-model']['before']})
     return before | {point: rows[name]['after'] for point, name in names.items()}
+
+# %% ../nbs/21d_claims.ipynb #051881bc
+def loss_curve(
+    run: RunFolder, # a finished run with logging_steps=1
+    parts: int = 10, # of the run
+) -> list: # losses
+    "The mean training loss of each part of a run"
+    losses = [row['loss'] for row in events(run, 'step')]
+    cuts = [len(losses)*i//parts for i in range(parts + 1)]
+    return [round(statistics.mean(losses[a:b]), 4) for a, b in zip(cuts, cuts[1:]) if b > a]
+
+def vanilla_scores(
+    run: RunFolder, # any run on these receipts
+) -> dict: # n, field_f1, ci
+    "What the base scores before it is trained"
+    predict(str(run.path), 'vanilla-model')
+    scores = evaluate(str(run.path), 'vanilla-model')
+    return dict(n=scores['n'], field_f1=scores['field_f1'], ci=dict(field_f1=scores['ci']['field_f1']))
+
+def _beside(folder, points, groups):
+    "Add the curve of each run; what the base scores"
+    for point, changes in points.items(): groups[point]['curve'] = loss_curve(run_of(folder, point, changes))
+    return dict(vanilla=vanilla_scores(RunFolder(folder/'features-only')))
 
 # %% ../nbs/21d_claims.ipynb #1ebc777e
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -237,8 +243,8 @@ def measure_arms(
     _look_once(folder, experiment, data)
     groups = {point: arm_scores(run_of(folder, point, changes), experiment['preset'], changes, data)
               for point, changes in progress(chosen.items(), len(chosen), experiment['name'], 'run')}
-    record = dict(vanilla=vanilla_scores(RunFolder(folder/'features-only')), groups=groups,
-                  kept_before=_kept(experiment, folder, chosen, groups))
+    record = dict(groups=groups, kept_before=_kept(experiment, folder, chosen, groups))
+    record |= _beside(folder, chosen, groups)
     claims = [judge_claim(record, text, claim) for text, claim in experiment['claims'].items()]
     some = ' '.join(['', '--points', *map(repr, only)]) if only else ''
     kept = {key: experiment[key] for key in ('what', 'preset', 'rows', 'changes', 'arms', 'seed', 'later', 'probes')}

@@ -471,8 +471,8 @@ def _carry_rate(values, changes):
     if times == 1 or 'learning_rate' in changes: return {}, ''
     old, new = ('+'.join(rate_rows(keys)) for keys in (values, after))
     rate = float(f'{was*times:.6g}')
-    return dict(learning_rate=rate), (f'{rate:g} is {times:g} × {was:g}, because the method is {new} in place of {old}; '
-                                      'learning_rate=VALUE sets your own')
+    told = f'{rate:g} is {times:g} × {was:g}, because the method is {new} in place of {old}'
+    return dict(learning_rate=rate), f'{told}; learning_rate=VALUE sets your own'
 
 # %% ../nbs/03_config.ipynb #b3e83981
 def load_config(
