@@ -7,8 +7,8 @@ import pytest
 import vlm_tutor.memory as memory
 from vlm_tutor.config import Config, load_config
 from vlm_tutor.core import VlmError
-from vlm_tutor.memory import (MEMORY, SHAPES, Case, Load, Shape, count_learning, find_shape, fit, peak_bytes, plain,
-                              plan, plan_items, rank_methods, recommend, score_bytes, total_size, what_to_change)
+from vlm_tutor.memory import (MEMORY, SHAPES, Case, Load, Shape, count_learning, find_shape, fit, method_of, peak_bytes,
+                              plain, plan, plan_items, rank_methods, recommend, score_bytes, total_size, what_to_change)
 from vlm_tutor.methods import METHODS
 
 TWO, LORA = SHAPES["Qwen/Qwen2-VL-2B-Instruct"], METHODS["lora"]
@@ -203,6 +203,19 @@ def test_stalled_adapters_mean_full_fine_tuning_and_it_says_so():
 def test_points_are_the_sum_of_the_reasons_that_are_shown():
     for row in rank_methods(TWO, Case(100, "many-adapters", "large", True, True), 16):
         assert row["points"] == sum(int(reason.split()[0]) for reason in row["reasons"])
+
+
+@pytest.mark.parametrize("model, base", [("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct"), ("tiny-receipts", "tiny-receipts"),
+                                         ("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct")])
+def test_what_is_recommended_runs_on_that_model_at_the_rate_of_the_method(model, base):
+    found = recommend(model=model, gpu_memory=200, examples=2000)
+    for row in found["ranked"]:
+        preset, data, *words = row["run"].removeprefix("vlm train ").split()
+        config = load_config(preset, words)
+        assert data == "data=FOLDER" and config.model_name_or_path == base
+        assert method_of(config).name == row["method"]
+        assert config.learning_rate == pytest.approx(load_config(preset).learning_rate*METHODS[row["method"]].rate)
+    assert found.text.endswith(found["ranked"][0]["run"])
 
 
 def test_nothing_fits_is_said():

@@ -488,9 +488,16 @@ def rules(
     return [(names, points, why) for holds, names, points, why in found if holds]
 
 # %% ../nbs/04_memory.ipynb #98b39c4b
-def _how_to_run(m):
-    "A command for a method, and by which engine"
-    if m.native: return f'vlm train cord-better data=FOLDER {m.native}'
+def _base_words(model):
+    "Preset and base of a command"
+    if model == 'tiny-receipts': return 'tiny data=FOLDER'
+    same = [known for known in SHAPES if not Path(model).is_dir() and SHAPES[known] == find_shape(model)]
+    named = (same or [model])[0]
+    return 'cord-better data=FOLDER' + f' model_name_or_path={named}'*(named != Config.model_name_or_path)
+
+def _how_to_run(m, model):
+    "A command for a method, and by which engine; the learning rate follows from the method"
+    if m.native: return f'vlm train {_base_words(model)} {m.native}'
     return f'LLaMA-Factory: {m.factory}' if m.factory else ''
 
 # %% ../nbs/04_memory.ipynb #bf9fb08c
@@ -498,6 +505,7 @@ def rank_methods(
     s: Shape, # of a model
     case: Case, # what is asked for
     gb: float, # of the card
+    model: str = Config.model_name_or_path, # for the command that is shown
 ) -> list: # dicts: method, points, fits, gb, rows, reasons, run; what fits and runs comes first, best first
     "All candidates with their points and reasons"
     ranked = []
@@ -508,7 +516,7 @@ def rank_methods(
         planned = found or replace(load, rows=1, memory='layers')
         held = [(points, why) for names, points, why in rules(case) if name in names]
         ranked.append(dict(method=name, points=sum(points for points, _ in held), fits=bool(found), rows=planned.rows,
-                           gb=peak_bytes(plan_items(s, m, planned))/1e9, run=_how_to_run(m),
+                           gb=peak_bytes(plan_items(s, m, planned))/1e9, run=_how_to_run(m, model),
                            reasons=[f'{points:+d} {why}' for points, why in held]))
     return sorted(ranked, key=lambda row: (not (row['fits'] and row['run']), -row['points'], row['gb']))
 
@@ -553,7 +561,7 @@ def recommend(
     "Which method for this model, card, data and goal, with the rule behind each"
     case = Case(examples, goal, shift, keep_skills, adapters_stalled)
     _check_case(case, gpu_memory)
-    ranked = rank_methods(find_shape(model), case, gpu_memory)
+    ranked = rank_methods(find_shape(model), case, gpu_memory, model)
     found, (text, markdown) = ranked[0]['fits'] and ranked[0]['run'], _say_ranked(ranked, gpu_memory)
     data = dict(model=model, gpu_memory=gpu_memory, case=asdict(case), method=ranked[0]['method'] if found else None,
                 ranked=ranked)
