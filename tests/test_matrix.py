@@ -205,12 +205,12 @@ def test_what_contradicts_is_named(given, said):
 def test_one_word_brings_its_rate_says_so_and_goes_on(data, tmp_path, capfd):
     "The run folder holds the rate that came about; it is not multiplied again"
     words = [f"{key}={value}" for key, value in dict(data=data, output_dir=tmp_path / "run", finetuning_type="prompt",
-                                                     max_steps=1, eval_strategy="no").items()]
+                                                     max_steps=1, eval_strategy="no", warmup_ratio=0).items()]
     train("tiny", overrides=words)
     assert "learning_rate: 0.2 is 50 × 0.004, because the method is prompt in place of lora" in capfd.readouterr().out
     run = RunFolder(tmp_path / "run")
     assert load_config(run.path).learning_rate == events(run, "step")[0]["learning_rate"] == .2
     for again in (train("tiny", overrides=words), train(str(run.path))): assert again["steps"] == 1
     assert "in place of" not in capfd.readouterr().out
-    assert predict(str(run.path), n=1)["rows"] == 1
+    assert predict(str(run.path), n=1)["n"] == 1
     with pytest.raises(VlmError, match="learning_rate"): train("tiny", overrides=[*words, "learning_rate=0.1"])
