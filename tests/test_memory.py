@@ -205,8 +205,9 @@ def test_points_are_the_sum_of_the_reasons_that_are_shown():
         assert row["points"] == sum(int(reason.split()[0]) for reason in row["reasons"])
 
 
-@pytest.mark.parametrize("model, base", [("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct"), ("tiny-receipts", "tiny-receipts"),
-                                         ("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct")])
+@pytest.mark.parametrize("model, base", [
+    ("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct"), ("tiny-receipts", "tiny-receipts"),
+    ("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct")])
 def test_what_is_recommended_runs_on_that_model_at_the_rate_of_the_method(model, base):
     found = recommend(model=model, gpu_memory=200, examples=2000)
     for row in found["ranked"]:

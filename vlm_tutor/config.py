@@ -464,6 +464,7 @@ def rate_times(
     "How many times LoRA's learning rate a method takes"
     return math.prod(METHODS[row].rate for row in rate_rows(values))
 
+# %% ../nbs/03_config.ipynb #367d428f
 def _carry_rate(values, changes):
     "The learning rate for another method, and a sentence about it; nothing where it stays or is given"
     after, was = values | changes, values.get('learning_rate', FIELDS['learning_rate'].default)
