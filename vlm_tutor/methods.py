@@ -96,7 +96,8 @@ add_method(Method(
     avoid='ordinary documents: the tower reads them already',
     native='finetuning_type=full freeze_vision_tower=false freeze_multi_modal_projector=false',
     factory='finetuning_type=full freeze_vision_tower=false freeze_multi_modal_projector=false',
-    paper='Wang and others (Qwen2-VL), 2024', arxiv='2409.12191', adds=False, rate=.25))
+    paper='Wang and others (Qwen2-VL), 2024', arxiv='2409.12191', adds=False, rate=.25,
+    rate_from='full; not measured'))
 
 # %% ../nbs/01_methods.ipynb #9198e252
 add_method(Method(
@@ -109,7 +110,8 @@ add_method(Method(
     avoid='the answers changed: the tower cannot write JSON',
     native='finetuning_type=full freeze_language_model=true freeze_vision_tower=false',
     factory='finetuning_type=full freeze_language_model=true freeze_vision_tower=false',
-    paper='Lee, Chen and others, 2022', arxiv='2210.11466', adds=False, rate=.25))
+    paper='Lee, Chen and others, 2022', arxiv='2210.11466', adds=False, rate=.25,
+    rate_from='full; not measured'))
 
 # %% ../nbs/01_methods.ipynb #e2467ae7
 add_method(Method(
@@ -121,7 +123,8 @@ add_method(Method(
     avoid='teaching a format: there is little room in it',
     native='finetuning_type=full freeze_language_model=true freeze_multi_modal_projector=false',
     factory='finetuning_type=full freeze_language_model=true freeze_multi_modal_projector=false',
-    paper='Liu, Li, Wu and Lee (LLaVA), 2023', arxiv='2304.08485', adds=False, rate=.25))
+    paper='Liu, Li, Wu and Lee (LLaVA), 2023', arxiv='2304.08485', adds=False, rate=.25,
+    rate_from='full; not measured'))
 
 # %% ../nbs/01_methods.ipynb #b0591d99
 add_method(Method(
@@ -159,7 +162,8 @@ add_method(Method(
     avoid='score matters more than megabytes',
     native='finetuning_type=lora lora_target=q_proj,v_proj',
     factory='finetuning_type=lora lora_target=q_proj,v_proj',
-    paper='Hu and others, 2021', arxiv='2106.09685'))
+    paper='Hu and others, 2021', arxiv='2106.09685',
+    rate_from='LoRA; not measured'))
 
 # %% ../nbs/01_methods.ipynb #c3f4810a
 add_method(Method(
@@ -171,7 +175,8 @@ add_method(Method(
     avoid='the tower reads your pages already: it only costs time',
     native='finetuning_type=lora freeze_vision_tower=false freeze_multi_modal_projector=false',
     factory='finetuning_type=lora freeze_vision_tower=false (the merger stays frozen)',
-    paper='Hu and others, 2021', arxiv='2106.09685'))
+    paper='Hu and others, 2021', arxiv='2106.09685',
+    rate_from='LoRA; not measured'))
 
 # %% ../nbs/01_methods.ipynb #b1d2be3f
 add_method(Method(
@@ -377,7 +382,8 @@ add_method(Method(
     avoid='speed matters',
     native='finetuning_type=lora quantization_bit=8',
     factory='finetuning_type=lora quantization_bit=8',
-    paper='Dettmers, Lewis, Belkada and Zettlemoyer, 2022', arxiv='2208.07339', bits=8))
+    paper='Dettmers, Lewis, Belkada and Zettlemoyer, 2022', arxiv='2208.07339', bits=8,
+    rate_from='LoRA; not measured'))
 
 # %% ../nbs/01_methods.ipynb #c3ccd667
 add_method(Method(
