@@ -3,10 +3,11 @@ import json, math, os
 
 import pytest
 from vlm_tutor.bench import bench
-from vlm_tutor.config import CHOICES, config_diff, load_config
+from vlm_tutor.config import CHOICES, config_diff, load_config, parse_overrides
 from vlm_tutor.core import RunFolder, VlmError, read_json_file, write_yaml
 from vlm_tutor.claims import *
 from vlm_tutor.curves import run_of, runs_folder
+from vlm_tutor.methods import METHODS
 from vlm_tutor.claims import STUDENT
 
 CI = dict(field_f1=[.4, .6])
@@ -31,7 +32,8 @@ def test_an_arm_differs_in_what_it_names_and_in_its_seed(name):
     for point, changes in arm_points(experiment).items():
         arm, _, seed = point.rpartition(" ")
         differs = {row["key"] for row in config_diff(middle, load_config(experiment["preset"], changes))}
-        assert differs <= {*experiment["arms"][arm], "seed"} and changes["seed"] == int(seed)
+        follows = {"learning_rate"} if load_config(experiment["preset"], changes).carried else set()
+        assert differs <= {*experiment["arms"][arm], "seed", *follows} and changes["seed"] == int(seed)
 
 
 def test_methods_holds_every_method_of_the_engine_and_claims_share_their_runs():
@@ -42,6 +44,24 @@ def test_methods_holds_every_method_of_the_engine_and_claims_share_their_runs():
     one, two = arm_points(methods), arm_points(claims)
     same = [point for point in one if point in two]
     assert len(same) >= 9 and all(one[p] == two[p] for p in same)
+
+
+def test_budget_holds_each_native_row_by_its_words_alone():
+    mine = [m for m in METHODS.values() if m.native and m.family != "experts"]
+    rows, found = {m.name: parse_overrides(m.native.split()) for m in mine}, load_claims("budget")["arms"]
+    free = {"max_steps", "per_device_train_batch_size"}
+    assert found.keys() == rows.keys()
+    for name, changes in found.items():
+        assert {key: value for key, value in changes.items() if key not in free} == rows[name]
+
+
+def test_equal_time_shares_runs_with_budget_and_names_no_rate():
+    one, two = load_claims("equal_time"), load_claims("budget")
+    assert runs_folder("arms", one, "w") == runs_folder("arms", two, "w")
+    assert {c.get("finetuning_type") for c in one["arms"].values()} == set(CHOICES["finetuning_type"])
+    assert not any("learning_rate" in c for e in (one, two) for c in [e["changes"], *e["arms"].values()])
+    one, two = arm_points(one), arm_points(two)
+    assert {"lora 42", "pissa 42", "loraplus 42", "rslora 42"} <= {p for p in one if one[p] == two[p]}
 
 
 def test_every_claim_has_three_seeds_or_more():
@@ -109,6 +129,12 @@ def test_a_step_is_timed_by_its_median(tmp_path):
     lines = [dict(event="step", step=i + 1, seconds=s) for i, s in enumerate((9, 10, 11, 30, 31))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert step_seconds(RunFolder(tmp_path)) == 1
+
+
+def test_a_curve_is_the_mean_of_each_part(tmp_path):
+    lines = [dict(event="step", step=i + 1, loss=loss) for i, loss in enumerate((4, 2, 1, 3, 0, 8))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert loss_curve(RunFolder(tmp_path), 3) == [3, 2, 4] and loss_curve(RunFolder(tmp_path)) == [4, 2, 1, 3, 0, 8]
 
 
 def test_memory_is_that_of_this_process():

@@ -8,7 +8,8 @@ import yaml
 from vlm_tutor import config as module
 from vlm_tutor.config import (FIELDS, Config, as_dict, choose_rows, config_diff, ineffective_keys, load_config,
                               plan_steps, presets, save_config, to_type)
-from vlm_tutor.core import VlmError
+from vlm_tutor.core import RunFolder, VlmError
+from vlm_tutor.methods import METHODS
 
 # Keys that LLaMA-Factory 0.9.5 accepted when it was run with them
 ACCEPTED = """model_name_or_path stage do_train finetuning_type lora_target dataset template cutoff_len max_samples
@@ -210,3 +211,58 @@ def test_no_key_is_dead():
     here = {"do_train", "max_samples", "val_size", "num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps"}
     # vlm train trains; choose_rows and plan_steps read the others
     assert set(rest) <= set(named) | one_choice | here
+
+
+# --- a rate for each method -------------------------------------------------------------------------------------------
+CORD_RATES = dict(lora=1e-4, rslora=1e-4, dora=1e-4, qlora=1e-4, qat_lora=1e-4, full=2.5e-5, qat=2.5e-5, freeze=5e-5,
+                  pissa=2.5e-5, loraplus=1.25e-5, ia3=5e-3, prompt=5e-3, prefix=5e-3, p_tuning=1.25e-4)
+
+
+def test_the_rates_that_follow_for_a_model_of_two_billion():
+    assert {w: load_config("cord", dict(finetuning_type=w)).learning_rate for w in module.MEANING} == CORD_RATES
+    assert load_config("tiny", ["finetuning_type=prompt"]).learning_rate == .2
+
+
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.native])
+def test_the_words_of_a_row_bring_its_own_rate(name):
+    found = load_config("cord", METHODS[name].native.split())
+    assert found.learning_rate == pytest.approx(1e-4 * METHODS[name].rate)
+    assert bool(found.carried) == (METHODS[name].rate != 1)
+
+
+@pytest.mark.parametrize("word", ["rslora", "dora", "pissa", "loraplus", "qlora"])
+def test_a_word_and_its_switch_bring_the_same_rate(word):
+    one, two = load_config("cord", dict(finetuning_type=word)), load_config("cord", module.MEANING[word])
+    assert one.learning_rate == two.learning_rate
+    assert load_config(two, dict(finetuning_type=word)).learning_rate == two.learning_rate
+
+
+def test_a_given_rate_wins_and_a_resolved_one_stays(tmp_path):
+    given = load_config("tiny", ["finetuning_type=full", "learning_rate=0.004"])
+    assert given.learning_rate == .004 and not given.carried
+    soft = load_config("tiny", ["finetuning_type=prompt"])
+    run = RunFolder.create(tmp_path / "run", as_dict(soft))
+    copy = save_config(soft, tmp_path / "s.yaml")
+    for again in (load_config(run.path), load_config(copy), load_config(soft, dict(seed=1)),
+                  load_config(run.path, ["finetuning_type=prompt"])):
+        assert again.learning_rate == .2 and not again.carried
+    assert load_config(run.path, ["finetuning_type=lora"]).learning_rate == .004
+    assert load_config(run.path, ["finetuning_type=p_tuning"]).learning_rate == .005
+
+
+def test_a_rate_in_a_file_belongs_to_the_method_of_the_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("finetuning_type: prompt\nlearning_rate: 0.1\n")
+    assert load_config(tmp_path / "mine.yaml").learning_rate == .1
+    assert load_config(tmp_path / "mine.yaml", ["finetuning_type=full"]).learning_rate == pytest.approx(.1 / 50 / 4)
+    (tmp_path / "mine.yaml").write_text("dataset: cord\n")
+    assert load_config(tmp_path / "mine.yaml", ["finetuning_type=ia3"]).learning_rate == pytest.approx(50 * 5e-5)
+
+
+def test_the_rate_that_follows_is_said_once():
+    from vlm_tutor.memory import plan
+    told = "0.005 is 50 × 0.0001, because the method is prompt in place of lora; learning_rate=VALUE sets your own"
+    shown = module.show_config("cord", overrides=["finetuning_type=prompt"])
+    assert shown.text.count(told) == 1 and f"learning_rate: {told}" in shown["notes"]
+    assert plan("cord", overrides=["finetuning_type=prompt"]).text.count(told) == 1
+    for words in (["finetuning_type=dora"], ["finetuning_type=prompt", "learning_rate=0.01"]):
+        assert "in place of" not in module.show_config("cord", overrides=words).text

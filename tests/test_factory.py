@@ -12,6 +12,7 @@ from vlm_tutor.collate import Preprocess
 from vlm_tutor.config import Config, load_config
 from vlm_tutor.core import (ASSETS, CONFIGS, Example, RunFolder, VlmError, read_json_file,
                             read_jsonl, read_yaml, write_yaml)
+from vlm_tutor.methods import METHODS
 from vlm_tutor.predict import adapter_hash, predict, split_examples
 from vlm_tutor.sharegpt import dataset_entry, save_cord_dataset_in_sharegpt_format
 from vlm_tutor.tiny import load_processor, save_common_form
@@ -259,6 +260,7 @@ def test_our_words_become_its_own(tmp_path, word, wanted):
     keys = f.factory_keys(config, tmp_path, "model", False, ("cpu", "torch.float32"))
     others = {"use_dora", "use_rslora", "pissa_init", "pissa_convert", "loraplus_lr_ratio", "quantization_bit"}
     assert {k: keys[k] for k in wanted} == wanted and not others & set(keys) - set(wanted)
+    assert keys["learning_rate"] == pytest.approx(.004 * METHODS[word].rate)
     assert not {"num_virtual_tokens", "encoder_hidden_size", "prompt_tuning_init_text"} & set(keys)
 
 

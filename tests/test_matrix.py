@@ -14,7 +14,6 @@ from vlm_tutor.soft import BUILDERS, build_method, load_adapter
 from vlm_tutor.tiny import load_model
 from vlm_tutor.train import events, train, trained_folder
 
-RATES = dict(ia3=.2, full=1e-3, qat=1e-3, freeze=2e-3, prompt=.2, prefix=.2, p_tuning=5e-3)
 WIDTH, LAYERS, KEYS, MLP, WORDS = 192, 5, 64, 512, 20  # of the embedded base; learned tokens
 every = pytest.mark.parametrize("word", MEANING)
 quick = {"qlora", "pissa", "full", "prefix", "p_tuning", "qat_lora"}  # each goes on in a way of its own
@@ -29,9 +28,10 @@ def data(tmp_path_factory):
 
 
 def options(data, path, word):
+    "One word changes the method; the rate follows from it"
     return dict(data=str(data), output_dir=str(path), finetuning_type=word, max_steps=24, logging_steps=1,
                 per_device_train_batch_size=2, save_strategy="steps", save_steps=16, save_total_limit=2, warmup_ratio=0,
-                lora_rank=8, lora_alpha=16, eval_strategy="no", learning_rate=RATES.get(word, 4e-3))
+                lora_rank=8, lora_alpha=16, eval_strategy="no")
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +200,17 @@ def test_vision_that_learned_is_looked_at_again(data, tmp_path):
 def test_what_contradicts_is_named(given, said):
     with pytest.raises(VlmError) as raised: load_config("tiny", given)
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_one_word_brings_its_rate_says_so_and_goes_on(data, tmp_path, capfd):
+    "The run folder holds the rate that came about; it is not multiplied again"
+    words = [f"{key}={value}" for key, value in dict(data=data, output_dir=tmp_path / "run", finetuning_type="prompt",
+                                                     max_steps=1, eval_strategy="no", warmup_ratio=0).items()]
+    train("tiny", overrides=words)
+    assert "learning_rate: 0.2 is 50 × 0.004, because the method is prompt in place of lora" in capfd.readouterr().out
+    run = RunFolder(tmp_path / "run")
+    assert load_config(run.path).learning_rate == events(run, "step")[0]["learning_rate"] == .2
+    for again in (train("tiny", overrides=words), train(str(run.path))): assert again["steps"] == 1
+    assert "in place of" not in capfd.readouterr().out
+    assert predict(str(run.path), n=1)["n"] == 1
+    with pytest.raises(VlmError, match="learning_rate"): train("tiny", overrides=[*words, "learning_rate=0.1"])

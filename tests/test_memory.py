@@ -412,6 +412,20 @@ def test_points_are_the_sum_of_the_reasons_that_are_shown():
         assert row["points"] == sum(int(reason.split()[0]) for reason in row["reasons"])
 
 
+@pytest.mark.parametrize("model, base", [
+    ("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct"), ("tiny-receipts", "tiny-receipts"),
+    ("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct")])
+def test_what_is_recommended_runs_on_that_model_at_the_rate_of_the_method(model, base):
+    found = recommend(model=model, gpu_memory=200, examples=2000)
+    for row in found["ranked"]:
+        preset, data, *words = row["run"].removeprefix("vlm train ").split()
+        config = load_config(preset, words)
+        assert data == "data=FOLDER" and config.model_name_or_path == base
+        assert method_of(config).name == row["method"]
+        assert config.learning_rate == pytest.approx(load_config(preset).learning_rate*METHODS[row["method"]].rate)
+    assert found.text.endswith(found["ranked"][0]["run"])
+
+
 def test_nothing_fits_is_said():
     found = recommend(gpu_memory=2, examples=10)
     assert found["method"] is None and found.code == 1 and "Take a smaller model" in found.text

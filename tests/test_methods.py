@@ -124,6 +124,13 @@ def test_a_row_is_whole():
                                                     "experts"}
 
 
+def test_a_rate_says_where_it_is_from():
+    for name, m in METHODS.items():
+        assert m.rate > 0 and (m.rate == 1 or m.native), name
+        assert ("learning rate" in m.facts()) == bool(m.native), name
+        if m.native: assert m.facts()["learning rate"].startswith(f"{m.rate:g} × LoRA's, from "), name
+
+
 def test_state_by_hand():
     assert state_bytes(METHODS["full"]) == 2*665271296 + 16*1543714304
     assert state_bytes(METHODS["lora"]) == 2*2208985600 + 16*9232384

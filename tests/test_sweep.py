@@ -193,6 +193,17 @@ def test_alpha_follows_the_rank_unless_the_file_names_it(place):
     assert trial_config(plan, dict(lora_rank=4)).lora_alpha == 8
 
 
+def test_a_rate_follows_the_method_of_a_trial_unless_it_is_given(place):
+    from vlm_tutor.sweep import trial_config
+    words = dict(finetuning_type=["lora", "prompt"])
+    def rate(plan, **params): return trial_config(plan, params).learning_rate
+    plan = read_plan(write(place, words))
+    assert (rate(plan, finetuning_type="lora"), rate(plan, finetuning_type="prompt")) == (1e-3, .05)
+    assert rate(plan, finetuning_type="prompt", learning_rate=.1) == .1
+    plan = read_plan(write(place, words), ["learning_rate=0.002"])
+    assert (rate(plan, finetuning_type="lora"), rate(plan, finetuning_type="prompt")) == (.002, .002)
+
+
 def test_importance_finds_the_key_that_decides():
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=3))
     study.optimize(lambda t: -(t.suggest_float("a", 0, 1) - .7) ** 2 + 0 * t.suggest_float("b", 0, 1), n_trials=60)

@@ -6,8 +6,9 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/claims.html.md"""
 
 # %% auto #0
 __all__ = ['CLAIMS', 'MEASURES', 'STUDENT', 'claim_files', 'load_claims', 'arm_points', 'held_memory', 'train_and_tell',
-           'train_apart', 'step_seconds', 'arm_scores', 'kept_scores', 'seed_interval', 'claim_verdict', 'arm_groups',
-           'judge_claim', 'measure_arms', 'arm_rows', 'claim_rows', 'plot_arms', 'claims_result']
+           'train_apart', 'step_seconds', 'arm_scores', 'kept_scores', 'loss_curve', 'vanilla_scores', 'seed_interval',
+           'claim_verdict', 'arm_groups', 'judge_claim', 'measure_arms', 'arm_rows', 'claim_rows', 'plot_arms',
+           'claims_result']
 
 # %% ../nbs/21d_claims.ipynb #e8e7b12e
 import json, statistics, subprocess, sys, time
@@ -154,6 +155,29 @@ def kept_scores(
     before = dict({'vanilla-model': rows['finetuned-model']['before']})
     return before | {point: rows[name]['after'] for point, name in names.items()}
 
+# %% ../nbs/21d_claims.ipynb #051881bc
+def loss_curve(
+    run: RunFolder, # a finished run with logging_steps=1
+    parts: int = 10, # of the run
+) -> list: # losses
+    "The mean training loss of each part of a run"
+    losses = [row['loss'] for row in events(run, 'step')]
+    cuts = [len(losses)*i//parts for i in range(parts + 1)]
+    return [round(statistics.mean(losses[a:b]), 4) for a, b in zip(cuts, cuts[1:]) if b > a]
+
+def vanilla_scores(
+    run: RunFolder, # any run on these receipts
+) -> dict: # n, field_f1, ci
+    "What the base scores before it is trained"
+    predict(str(run.path), 'vanilla-model')
+    scores = evaluate(str(run.path), 'vanilla-model')
+    return dict(n=scores['n'], field_f1=scores['field_f1'], ci=dict(field_f1=scores['ci']['field_f1']))
+
+def _beside(folder, points, groups):
+    "Add the curve of each run; what the base scores"
+    for point, changes in points.items(): groups[point]['curve'] = loss_curve(run_of(folder, point, changes))
+    return dict(vanilla=vanilla_scores(RunFolder(folder/'features-only')))
+
 # %% ../nbs/21d_claims.ipynb #1ebc777e
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -220,6 +244,7 @@ def measure_arms(
     groups = {point: arm_scores(run_of(folder, point, changes), experiment['preset'], changes, data)
               for point, changes in progress(chosen.items(), len(chosen), experiment['name'], 'run')}
     record = dict(groups=groups, kept_before=_kept(experiment, folder, chosen, groups))
+    record |= _beside(folder, chosen, groups)
     claims = [judge_claim(record, text, claim) for text, claim in experiment['claims'].items()]
     some = ' '.join(['', '--points', *map(repr, only)]) if only else ''
     kept = {key: experiment[key] for key in ('what', 'preset', 'rows', 'changes', 'arms', 'seed', 'later', 'probes')}

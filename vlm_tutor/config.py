@@ -6,22 +6,23 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/config.html.md"""
 
 # %% auto #0
 __all__ = ['OWN_KEYS', 'FIELDS', 'MEANING', 'SWITCHES', 'LORA', 'SOFT', 'WEIGHTS', 'QAT', 'EXPERTS', 'CHOICES', 'ABOVE_ZERO',
-           'NOT_BELOW_ZERO', 'SHARES', 'RANGES', 'WITHOUT', 'OTHER_WORDS', 'NAMES_OF_TYPES', 'KERNELS', 'LONG_ANSWERS',
-           'HELD_BACK', 'WHOLE_EXPERTS', 'key', 'ModelKeys', 'MethodKeys', 'VariantKeys', 'DataKeys', 'TrainKeys',
-           'OwnKeys', 'Config', 'yaml_value', 'method_keys', 'target_words', 'expert_words', 'check_values',
-           'method_name', 'check_key', 'to_type', 'presets', 'find_config', 'parse_overrides', 'as_dict', 'load_config',
-           'save_config', 'config_diff', 'choose_rows', 'plan_steps', 'ineffective_keys', 'check_kernels',
-           'image_tokens', 'remarks', 'explain', 'show_config']
+           'NOT_BELOW_ZERO', 'SHARES', 'RANGES', 'WITHOUT', 'OTHER_WORDS', 'NAMES_OF_TYPES', 'SWITCH_ROWS', 'KERNELS',
+           'LONG_ANSWERS', 'HELD_BACK', 'WHOLE_EXPERTS', 'key', 'ModelKeys', 'MethodKeys', 'VariantKeys', 'DataKeys',
+           'TrainKeys', 'OwnKeys', 'Config', 'yaml_value', 'method_keys', 'target_words', 'expert_words',
+           'check_values', 'method_name', 'check_key', 'to_type', 'presets', 'find_config', 'parse_overrides',
+           'as_dict', 'rate_rows', 'rate_times', 'load_config', 'save_config', 'config_diff', 'choose_rows',
+           'plan_steps', 'ineffective_keys', 'check_kernels', 'image_tokens', 'remarks', 'explain', 'show_config']
 
 # %% ../nbs/03_config.ipynb #8fe223d9
 import dataclasses, math, os, random
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar, get_args
 
 from .core import (CONFIGS, Result, RunFolder, VlmError, check_choice, cpu_has_bf16, md_table, nearest,
                             no_data_set, read_json_file, read_yaml, table, write_yaml)
+from .methods import METHODS
 from .models import guess_family
 
 # %% ../nbs/03_config.ipynb #9cc1b70c
@@ -153,6 +154,7 @@ class Config(OwnKeys):
     metric_for_best_model: str = key('loss', 'what is best: loss, field_f1, nted_accuracy or exact_match')
     early_stopping_patience: int|None = key(None, 'stop after so many evaluations without a better one')
     report_to: str = key('none', 'where else the log goes: none, tensorboard, wandb')
+    carried: ClassVar = '' # no key: what another method did to the learning rate, in a sentence
 
     def __post_init__(self):
         if self.lora_alpha is None: self.lora_alpha = 2*self.lora_rank
@@ -449,6 +451,35 @@ def as_dict(
     "A configuration as plain keys and values, ready for YAML"
     return {name: value for name in FIELDS if (value := getattr(config, name)) is not None}
 
+# %% ../nbs/03_config.ipynb #61a69a5e
+SWITCH_ROWS = {switch: word for word, meaning in MEANING.items() for switch in meaning}
+
+def rate_rows(
+    values: dict, # keys of a configuration
+) -> list: # names of rows of the survey
+    "The rows whose learning rates a method takes"
+    word = values.get('finetuning_type')
+    if word not in LORA: return [word] if word in MEANING else ['lora']
+    on = MEANING[word] | {name: values[name] for name in SWITCHES if values.get(name) is not None}
+    return [row for name, row in SWITCH_ROWS.items() if on.get(name)] or ['lora']
+
+def rate_times(
+    values: dict, # keys of a configuration
+) -> float: # 1 for LoRA
+    "How many times LoRA's learning rate a method takes"
+    return math.prod(METHODS[row].rate for row in rate_rows(values))
+
+# %% ../nbs/03_config.ipynb #367d428f
+def _carry_rate(values, changes):
+    "The learning rate for another method, and a sentence about it; nothing where it stays or is given"
+    after, was = values | changes, values.get('learning_rate', FIELDS['learning_rate'].default)
+    times = rate_times(after)/rate_times(values)
+    if times == 1 or 'learning_rate' in changes: return {}, ''
+    old, new = ('+'.join(rate_rows(keys)) for keys in (values, after))
+    rate = float(f'{was*times:.6g}')
+    told = f'{rate:g} is {times:g} × {was:g}, because the method is {new} in place of {old}'
+    return dict(learning_rate=rate), f'{told}; learning_rate=VALUE sets your own'
+
 # %% ../nbs/03_config.ipynb #b3e83981
 def load_config(
     name: str|Path|Config, # a preset, a YAML file, a run folder or a configuration
@@ -462,9 +493,12 @@ def load_config(
     values = {key: to_type(check_key(str(key)), value) for key, value in values.items()}
     folder = changes.pop('data', None)
     if folder: values = _use_data(values, folder, changes)
-    values |= changes
+    rate, told = _carry_rate(values, changes)
+    values |= rate | changes
     if not values.get('output_dir'): values['output_dir'] = f"runs/{source.stem if source else 'run'}"
-    return Config(**values)
+    found = Config(**values)
+    found.carried = told
+    return found
 
 # %% ../nbs/03_config.ipynb #86cdfae1
 def save_config(
@@ -641,9 +675,10 @@ def remarks(
     c, tokens = config, image_tokens(config)
     wide = bool(method_keys(c)['quantization_bit']) and guess_family(c.model_name_or_path)
     deep = c.finetuning_type in (*WEIGHTS, 'qat') and c.learning_rate > 1e-3
-    slow = c.finetuning_type in ('ia3', 'prompt', 'prefix') and c.learning_rate < 1e-2
+    slow = c.finetuning_type in ('ia3', 'prompt', 'prefix') and c.learning_rate < 2e-3
     rules = [('learning_rate', deep, f'{c.learning_rate:g} is for adapters; whole weights take 1e-5 to 1e-3'),
-             ('learning_rate', slow, f'{c.learning_rate:g} is for LoRA; learned tokens and factors take 1e-2 to 3e-1'),
+             ('learning_rate', slow, f'{c.learning_rate:g} is for LoRA; learned tokens and factors take 2e-3 to 3e-1'),
+             ('learning_rate', c.carried, c.carried),
              ('quantization_bit', wide and wide.experts, WHOLE_EXPERTS),
              ('cutoff_len', c.cutoff_len - tokens < 512, LONG_ANSWERS.format(tokens=tokens, cutoff=c.cutoff_len)),
              ('ddp_timeout', c.ddp_timeout > 10**6,

@@ -450,6 +450,7 @@ def _announce(config, command, counts, device, reasons):
     made = (factory_facts(command) or {}).get('versions', {})
     rows = replace(config, max_samples=None, val_size=0.)
     for name, why in ineffective_keys(rows, 'llamafactory', counts['rows']): say(f'note  {name} has no effect: {why}')
+    if config.carried: say(f'note  learning_rate: {config.carried}')
     if config.gradient_accumulation_steps > 1:
         say('note  LLaMA-Factory averages the losses of the batches of a step, ours averages over all its answer '
             'tokens; expect small differences')

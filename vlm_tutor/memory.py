@@ -654,7 +654,9 @@ def plan(
     "What a run will take: memory item by item, steps, hours, rows too long, what to change"
     for name, value in dict(gpu_memory=gpu_memory, tflops=tflops).items():
         if value is not None and not value > 0: raise VlmError(f'{name} is {value:g}', 'Allowed: a number above 0')
-    data, lines = _planned(load_config(config, overrides), gpu_memory, tflops)
+    found = load_config(config, overrides)
+    data, lines = _planned(found, gpu_memory, tflops)
+    if found.carried: lines.append(f'rate     {found.carried}')
     if gpu_memory: lines.append(f"fits     {'yes' if data['fits'] else 'no'}: {gpu_memory:g} GB")
     changes = [f'{key}={value}' for key, value in overrides.items()] if isinstance(overrides, dict) else overrides
     named = [re.sub('(?<=^model_name_or_path=).+', lambda found: full_name(found[0]), word) for word in changes]
@@ -748,10 +750,15 @@ def rules(
     return [(names, points, why) for holds, names, points, why in found if holds]
 
 # %% ../nbs/04_memory.ipynb #98b39c4b
+def _base_words(model):
+    "Preset and base of a command"
+    if model == 'tiny-receipts': return 'tiny data=FOLDER'
+    named = full_name(model)
+    return 'cord-better data=FOLDER' + f' model_name_or_path={named}'*(named != Config.model_name_or_path)
+
 def _how_to_run(m, model):
-    "A command for a method and a model, and by which engine"
-    named = '' if full_name(model) == 'Qwen/Qwen2-VL-2B-Instruct' else f'model_name_or_path={full_name(model)} '
-    if m.native: return f'vlm train cord-better data=FOLDER {named}{m.native}'
+    "A command for a method, and by which engine; the learning rate follows from the method"
+    if m.native: return f'vlm train {_base_words(model)} {m.native}'
     return f'LLaMA-Factory: {m.factory}' if m.factory else ''
 
 # %% ../nbs/04_memory.ipynb #bf9fb08c
@@ -759,7 +766,7 @@ def rank_methods(
     s: Shape, # of a model
     case: Case, # what is asked for
     gb: float, # of the card
-    model: str = 'qwen2-vl-2b', # its name, for the command
+    model: str = Config.model_name_or_path, # for the command that is shown
 ) -> list: # dicts: method, points, fits, gb, rows, reasons, run; what fits and runs comes first, best first
     "All candidates with their points and reasons"
     ranked = []

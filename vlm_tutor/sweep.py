@@ -109,6 +109,7 @@ class Plan:
     prune: bool # give up on trials that fall behind?
     alpha_follows: bool # is alpha twice the rank?
     folder: str # where everything goes
+    rate_stays: bool = False # one learning rate for all methods, as the command line says
 
 # %% ../nbs/20_sweep.ipynb #d6657c9b
 def trial_config(
@@ -118,6 +119,7 @@ def trial_config(
     "The configuration of one trial"
     changes = {name: value for name, value in params.items() if name != 'prompt'}
     if plan.alpha_follows and 'lora_rank' in changes: changes.setdefault('lora_alpha', 2*changes['lora_rank'])
+    if plan.rate_stays: changes.setdefault('learning_rate', plan.config.learning_rate)
     return load_config(plan.config, changes)
 
 def usual_search(
@@ -168,7 +170,7 @@ def read_plan(
         raise VlmError(f'sweep.search is {search!r}', 'Allowed: keys with their values', 'Leave it out for the usual')
     axes = [read_axis(name, values) for name, values in search.items()]
     plan = Plan(base, axes, objective, int(block['trials']), block['minutes'], int(block['seed']), prune,
-                'lora_alpha' not in given, f'{base.output_dir}-sweep')
+                'lora_alpha' not in given, f'{base.output_dir}-sweep', 'learning_rate' in parse_overrides(overrides))
     for axis in axes:
         for value in axis.ends(): trial_config(plan, {axis.name: value})
     return plan
