@@ -331,10 +331,11 @@ with open(f"{sys.argv[2]}/rank-{os.environ['RANK']}.json", 'w') as file:
 @pytest.mark.slow
 @pytest.mark.parametrize("metric, fsdp", [("field_f1", False), ("loss", False), ("field_f1", True)])
 def test_two_processes_stop_at_one_step_and_one_writes_the_best(data, tmp_path, metric, fsdp):
-    "A rate that spoils the model soon; the log says where the run must end and what must be kept"
-    given = options(data, tmp_path / "run", per_device_train_batch_size=1, max_samples=8, val_size=.5, max_steps=12,
+    "A rate that rises until it spoils the model; the log says where the run must end and what must be kept"
+    given = options(data, tmp_path / "run", per_device_train_batch_size=1, max_samples=8, max_steps=12,
                     fsdp=fsdp, eval_strategy="steps", eval_steps=1, eval_score_samples=2, save_strategy="no",
-                    learning_rate=.05, lr_scheduler_type="constant", warmup_ratio=0, metric_for_best_model=metric,
+                    learning_rate=.05, lr_scheduler_type="constant_with_warmup", warmup_ratio=.9,
+                    metric_for_best_model=metric,
                     load_best_model_at_end=True, early_stopping_patience=2)
     (tmp_path / "two.py").write_text(BEST_OF_TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
