@@ -92,6 +92,18 @@ def test_review_finds_the_planted_label_and_knows_the_right_one(run, data):
     with pytest.raises(VlmError, match="no receipt of split 'test'"): review(str(run.path), split="test")
 
 
+def test_without_a_split_the_first_that_all_groups_answered_is_taken(run):
+    assert review(str(run.path))["split"] == "train"
+    for group in ("vanilla-model", "finetuned-model"):
+        rows = [row | dict(split=split) for row in read_jsonl(run.predictions(group)) for split in ("test", "train")]
+        write_jsonl(run.predictions(group), [row for row in rows if row["split"] == "test" or group[0] == "v"])
+    found = review(str(run.path))
+    assert found["split"] == "test" and "labels of split test to doubt" in str(found)
+    assert review(str(run.path), ["vanilla-model"])["split"] == "train"
+    with pytest.raises(VlmError, match="no receipt of split 'train' .*finetuned"): review(str(run.path), split="train")
+    with pytest.raises(VlmError, match="unknown split 'tests'"): review(str(run.path), split="tests")
+
+
 def test_losses_of_labels_by_models_that_did_not_see_them(tmp_path):
     words = [f"data={shop_heads(tmp_path, train=6, test=2)}", f"output_dir={tmp_path}/runs/cv", "eval_dataset=null",
              "val_size=0", "max_steps=1", "per_device_train_batch_size=4", "plot_loss=false", "eval_strategy=no"]

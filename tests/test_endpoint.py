@@ -162,10 +162,20 @@ def test_a_stopped_run_goes_on(run):
     for file in run.path.rglob("*"): assert not file.is_file() or b"sk-secret" not in file.read_bytes()
 
 
+def test_an_object_that_is_no_answer_may_pass_and_stays_a_row(run):
+    for odd in ("refusal", "error"):
+        with ChatServer(lambda number, call: odd) as server:
+            assert ask(run, server, group=odd)["errors"] == len(server.calls) == 6
+
+
 def test_a_hopeless_endpoint_ends_at_the_first_call(run):
     for status in (401, 403, 404):
         with ChatServer(lambda number, call: status) as server:
             with pytest.raises(VlmError, match=f"HTTP {status}"): ask(run, server)
+            assert len(server.calls) == 1
+    for odd, said in (("html", "<html>Sign in"), ("list", r"\[\]"), ("empty", "nothing")):
+        with ChatServer(lambda number, call: odd) as server:
+            with pytest.raises(VlmError, match=f"does not answer .* no chat completion: {said}"): ask(run, server)
             assert len(server.calls) == 1
     with pytest.raises(VlmError, match="OPENAI_API_KEY is"): ask(run, server)  # nobody listens there any more
     assert not run.predictions("gpt").exists()

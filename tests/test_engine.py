@@ -8,14 +8,15 @@ from transformers import get_scheduler
 from vlm_tutor import features
 from vlm_tutor.collate import image_size
 from vlm_tutor.config import check_kernels, load_config
-from vlm_tutor.core import RunFolder, VlmError, atomic_write, read_json_file, read_jsonl, set_seed
-from vlm_tutor.engine import (Engine, LeanLoss, PlainLoss, Visit, choose_loss, epoch_order, last_checkpoint, shard,
-                              step_rows)
+from vlm_tutor.core import (RunFolder, VlmError, atomic_write, content_hash, read_json_file, read_jsonl,
+                            set_seed)
+from vlm_tutor.engine import (Engine, LeanLoss, PlainLoss, Visit, choose_loss, epoch_order, last_checkpoint,
+                              read_tensors, shard, step_rows)
 from vlm_tutor.lean import attend
 from vlm_tutor.lora import build_adapter
 from vlm_tutor.predict import adapter_hash, load_run_model, split_examples
 from vlm_tutor.sharegpt import save_cord_dataset_in_sharegpt_format
-from vlm_tutor.train import Rows, augmentation_of, events, train
+from vlm_tutor.train import BEST, Rows, augmentation_of, events, train
 
 SWITCHES = ("cache_features", "lean_forward", "answer_only_logits", "group_by_length")
 BASE = dict(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="steps", save_steps=1,
@@ -305,6 +306,55 @@ def test_two_processes_learn_what_one_does(data, ours, tmp_path, fsdp):
     state = read_json_file(last_checkpoint(RunFolder(path)) / "trainer_state.json")
     assert state["processes"] == 2 and len(list(last_checkpoint(RunFolder(path)).glob("random-*"))) == 2
     assert state["memory"] == ("layers" if fsdp else "keep")
+
+
+BEST_OF_TWO = """
+import json, os, sys
+import vlm_tutor.train as t
+from vlm_tutor.core import content_hash
+kept, keep, watches, start = [], t.keep_best, [], t.Watch.__init__
+def noted(engine, run):
+    kept.append(engine.steps_done)
+    keep(engine, run)
+def watched(self, *given, **more):
+    start(self, *given, **more)
+    watches.append(self)
+t.keep_best, t.Watch.__init__ = noted, watched
+t.train('tiny', overrides=json.loads(sys.argv[1]))
+engine = watches[0].engine
+weights = content_hash(*(p.numpy().tobytes() for _, p in sorted(engine.adapter().items())))
+with open(f"{sys.argv[2]}/rank-{os.environ['RANK']}.json", 'w') as file:
+    json.dump(dict(steps=engine.steps_done, kept=kept, judged=len(watches[0].judged), weights=weights), file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric, fsdp", [("field_f1", False), ("loss", False), ("field_f1", True)])
+def test_two_processes_stop_at_one_step_and_one_writes_the_best(data, tmp_path, metric, fsdp):
+    "A rate that rises until it spoils the model; the log says where the run must end and what must be kept"
+    given = options(data, tmp_path / "run", per_device_train_batch_size=1, max_samples=8, max_steps=12,
+                    fsdp=fsdp, eval_strategy="steps", eval_steps=1, eval_score_samples=2, save_strategy="no",
+                    learning_rate=.05, lr_scheduler_type="constant_with_warmup", warmup_ratio=.9,
+                    metric_for_best_model=metric,
+                    load_best_model_at_end=True, early_stopping_patience=2)
+    (tmp_path / "two.py").write_text(BEST_OF_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(tmp_path / "two.py"), json.dumps(given), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (read_json_file(tmp_path / f"rank-{rank}.json") for rank in (0, 1))
+    run = RunFolder(tmp_path / "run")
+    scores = [row[metric] * (-1 if metric == "loss" else 1) for row in events(run, "validation")]
+    best = [max(range(i + 1), key=scores.__getitem__) for i in range(len(scores))]  # the first of equals
+    ends = [i for i in range(len(scores)) if i - best[i] >= 2]
+    assert ends == [len(scores) - 1], "two evaluations without a better one end the run, and nothing before"
+    assert first["steps"] == second["steps"] == len(scores) == events(run, "done")[0]["step"] < 12
+    assert first["judged"] == second["judged"] == len(scores)
+    assert first["kept"] == [i + 1 for i in range(len(scores)) if best[i] == i] and second["kept"] == []
+    assert first["weights"] == second["weights"], "both hold the best weights in the end"
+    saved = read_tensors(run.checkpoints / BEST)
+    assert first["weights"] == content_hash(*(tensor.numpy().tobytes() for _, tensor in sorted(saved.items())))
 
 
 SHORT = """

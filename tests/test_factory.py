@@ -502,3 +502,28 @@ def test_an_interrupted_run_of_the_real_one_ends_as_one_that_was_not(factory, da
     f.train("cord", "llamafactory", overrides=steps | dict(output_dir=str(tmp_path/"half")))
     assert losses(tmp_path/"half") == pytest.approx(losses(tmp_path/"whole"), abs=1e-5)
     assert "Resuming training from" in (tmp_path/"half/llamafactory/train.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("best", [True, False])
+def test_the_real_one_stops_early_and_the_log_says_which_step_is_kept(factory, data, tmp_path, best):
+    "A rate that spoils the model soon: the loss of validation rows, and not field F1, ends the run after two of them"
+    keys = CORD | dict(data=str(data), output_dir=str(tmp_path/"run"), max_steps=9, eval_strategy="steps", eval_steps=1,
+                       save_strategy="epoch", learning_rate=.05, lr_scheduler_type="constant", warmup_ratio=0,
+                       lora_dropout=0., early_stopping_patience=2, load_best_model_at_end=best,
+                       metric_for_best_model="field_f1")
+    found, run = f.train("cord", "llamafactory", overrides=keys), RunFolder(tmp_path/"run")
+    asked = read_yaml(run.path/"llamafactory/train.yaml")
+    assert asked["early_stopping_steps"] == 2 and asked["metric_for_best_model"] == "loss"
+    state = read_json_file(run.path/"llamafactory/output/trainer_state.json")
+    told = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
+    assert [row["loss"] for row in events(run, "validation")][:len(told)] == told
+    least = told.index(min(told))
+    assert len(told) == least + 3 < 9 and state["global_step"] == len(told), "two without a better one end it"
+    assert found["steps"] == len(told) and found["stopped_early"] and found["best_step"] == least + 1
+    assert found["kept_step"] == (least + 1 if best else len(told))
+    assert f"stopped early; step {found['kept_step']} is kept" in str(found)
+    kept = load_file(run.adapter/"adapter_model.safetensors")
+    if best:
+        there = load_file(run.path/f"llamafactory/output/checkpoint-{least + 1}/adapter_model.safetensors")
+        assert kept.keys() == there.keys() and all((kept[name] == there[name]).all() for name in kept)

@@ -142,6 +142,9 @@ def test_the_verb_on_a_run(tmp_path):
     assert found["groups"]["gpt"]["calibration"]["right"] == 1 and "vlm errors" in str(found)
     with pytest.raises(VlmError, match="unknown locale 'xx'"): fields(str(run.path), locale="xx")
     with pytest.raises(VlmError, match="no predictions of group 'nobody'"): fields(str(run.path), "nobody")
+    write_jsonl(run.predictions("other"), rows([truth], dict(invoice="1")))
+    with pytest.raises(VlmError, match=r"'r0' has one truth in vanilla-model \(fields menu.nm.*other \(fields invoice"):
+        fields(str(run.path), "vanilla-model,other")
 
 
 def test_objects_nested_thousands_deep_are_scored():

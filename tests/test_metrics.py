@@ -487,3 +487,13 @@ def test_bad_predictions(run, tmp_path):
     with pytest.raises(VlmError, match="no run folder"): evaluate(tmp_path / "nowhere")
     write_jsonl(tmp_path / "data/meta.jsonl", [dict(id="z", split="test")])
     with pytest.raises(VlmError, match="hold 'a', which is not in split 'test'"): evaluate(run.path, "vanilla-model")
+
+
+def test_truths_of_another_schema_are_refused(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/schema.cord.json").write_text(json.dumps(dict(type="object", required=["invoice"])))
+    with pytest.raises(VlmError, match="no truth in the predictions fits the schema of the run's data set: 'a'"):
+        evaluate(run.path, "vanilla-model")
+    assert not run.metrics("vanilla-model").exists()
+    write_jsonl(run.predictions("mixed"), [row("a"), row("b", truth='{"invoice": "1"}')])
+    assert evaluate(run.path, "mixed")["n"] == 2

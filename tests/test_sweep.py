@@ -1,5 +1,7 @@
 "Real sweeps on the embedded base: a better rate is found, a killed sweep goes on, workers share one storage."
-import json, os, signal, sqlite3, subprocess, sys, time
+import json, os, shutil, signal, sqlite3, statistics, subprocess, sys, time
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import optuna
 import pytest
@@ -151,16 +153,21 @@ def test_a_storage_in_use_is_refused(place):
     open_study(read_plan(config), f"sqlite:///{file}")
     holder = sqlite3.connect(file, isolation_level=None)
     holder.execute("begin exclusive")
-    with pytest.raises(VlmError, match="'busy.db': database is locked. Another program holds it"):
-        sweep(config, storage=str(file))
+    for storage in (str(file), f"sqlite:///{file}"):
+        began = time.time()
+        with pytest.raises(VlmError, match="'busy.db': database is locked. Another program holds it"):
+            sweep(config, storage=storage)
+        assert time.time() - began < 20
     holder.close()
 
 
 def test_a_storage_with_something_else_in_it_is_refused(place):
     config = write(place, name="strange")
     (place / "text.db").write_text("no data base, but a text that is long enough to be taken for one" * 20)
-    with pytest.raises(VlmError, match="file is not a database. Choose another --storage"):
-        sweep(config, storage=str(place / "text.db"))
+    for storage in (place / "text.db", f"sqlite:///{place / 'text.db'}"):
+        with pytest.raises(VlmError, match="file is not a database. Choose another --storage"):
+            sweep(config, storage=str(storage))
+    with pytest.raises(VlmError, match="cannot use storage"): sweep(config, storage=str(place))
     url = f"sqlite:///{place / 'foreign.db'}"
     study = optuna.create_study(storage=url, study_name="strange-sweep")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
@@ -172,6 +179,110 @@ def test_a_storage_with_something_else_in_it_is_refused(place):
 def test_without_optuna_the_extra_is_named(place, monkeypatch):
     monkeypatch.setattr(chapter, "find_spec", lambda name: None)
     with pytest.raises(VlmError, match=r"pip install 'vlm_tutor\[sweep\]'"): sweep(write(place, name="none"))
+
+
+# --- the budget, and trials that do not come to an end ----------------------------------------------------------------
+def tiny(folder, name, **more):
+    "A sweep of trials that take one step on four rows"
+    changes = dict(max_steps=1, max_samples=4, val_size=0, cutoff_len=512, eval_score_samples=1)
+    changes |= more.pop("changes", {})
+    return write(folder, dict(learning_rate=RATES), name=name, changes=changes, **more)
+
+
+def trials_of(config, storage=None):
+    "Optuna's trials of a sweep"
+    plan = read_plan(config)
+    return open_study(plan, storage or f"sqlite:///{plan.folder}/study.db")[0].get_trials()
+
+
+@pytest.mark.slow
+def test_no_trial_begins_after_the_minutes_and_the_same_command_goes_on(place):
+    config, budget, begun = tiny(place, "minutes", trials=40), .1, 0
+    for _ in range(2):
+        start = datetime.now()
+        found = sweep(config, minutes=budget)
+        new = trials_of(config)[begun:]
+        end = start + timedelta(minutes=budget)
+        assert 1 <= len(new) < 40 and {t.state.name for t in new} == {"COMPLETE"}, "the running one is finished"
+        assert all(t.datetime_start >= start for t in new) and new[-1].datetime_complete >= end
+        assert all(t.datetime_start <= end + timedelta(seconds=5) for t in new), "5 s: Optuna is opened meanwhile"
+        begun += len(new)
+        assert sum(found["states"].values()) == begun
+    with pytest.raises(VlmError, match="minutes is 0. Allowed: a number above 0"): sweep(config, minutes=0)
+
+
+@pytest.mark.slow
+def test_a_trial_that_falls_behind_is_given_up_on_its_validation_score(resumed, place):
+    copy = place / "copy"
+    shutil.copytree(place / "runs", copy / "runs")
+    config = write(place, changes=dict(output_dir=str(copy / "runs/shops")))
+    plan = read_plan(config)
+    open_study(plan, f"sqlite:///{plan.folder}/study.db")[0].enqueue_trial(dict(learning_rate=5e-4))
+    found = sweep(config, trials=5)
+    write(place)
+    *whole, last = trials_of(config)
+    assert found["states"] == dict(complete=4, pruned=1) and last.params == dict(learning_rate=5e-4)
+    seen = last.intermediate_values
+    step = max(seen)
+    assert step < 400 and seen[step] < statistics.median(t.intermediate_values[step] for t in whole)
+    run = RunFolder(copy / "runs/shops-sweep/trials/0004")
+    assert max(row["step"] for row in events(run, "step")) == step / 100 * 8 and not events(run, "done")
+    told = {round(100 * row["epoch"]): row["field_f1"] for row in events(run, "validation")}
+    assert told == seen and not run.checkpoints.exists() and not run.adapter.exists()
+    assert 4 not in {row["trial"] for row in found["trials"]}
+
+
+def workers_of(process):
+    "Process ids of the workers of a verb"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def has_begun(run): return run.log_file.exists() and '"step"' in run.log_file.read_text()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_a_trial_is_told_and_its_trial_goes_on(place):
+    config = tiny(place, "force", trials=3, changes=dict(max_steps=3, save_strategy="steps", save_steps=1))
+    folder = place / "runs/force-sweep"
+    process = subprocess.Popen([*COMMAND, config, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    while process.poll() is None and not has_begun(RunFolder(folder / "trials/0000")): time.sleep(.1)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in told, told
+    assert told.splitlines()[-1].startswith("vlm: a worker was ended by force; most often memory ran out. The same")
+    before = {t.number: t.params for t in trials_of(config)}
+    found = sweep(config)
+    assert found["states"] == dict(complete=3)
+    after = {t.number: t.params for t in trials_of(config)}
+    assert before.items() <= after.items() and sorted(after) == [0, 1, 2]
+    assert sorted(path.name for path in (folder / "trials").iterdir()) == ["0000", "0001", "0002"]
+
+
+@pytest.mark.slow
+def test_two_machines_share_an_address_and_one_takes_up_what_the_other_left(tmp_path):
+    "Their folders differ, their study is one; a heart that stopped ten minutes ago is set in the file, not waited for"
+    url, machines = f"sqlite:///{tmp_path / 'shared.db'}", [tmp_path / "a", tmp_path / "b"]
+    for folder in machines: folder.mkdir(), shop_heads(folder, train=4, validation=2, test=2)
+    first, second = (tiny(folder, "both", trials=2) for folder in machines)
+    run = RunFolder(machines[0] / "runs/both-sweep/trials/0000")
+    process = subprocess.Popen([*COMMAND, first, "--storage", url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not has_begun(run): time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    study, kept = open_study(read_plan(second), url)
+    optuna.storages.fail_stale_trials(study)
+    assert [t.state.name for t in study.trials] == ["RUNNING"], "another machine may still be at it"
+    with sqlite3.connect(tmp_path / "shared.db") as base:
+        base.execute("update trial_heartbeats set heartbeat = datetime(heartbeat, '-10 minutes')")
+    found = sweep(second, storage=url)
+    left, taken, other = trials_of(second, url)
+    assert [t.state.name for t in (left, taken, other)] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert left.params == taken.params == dict(learning_rate=1e-3) != other.params
+    assert found["states"] == dict(fail=1, complete=2)
+    assert (machines[1] / "runs/both-sweep/trials/0000/adapter").exists()
+    assert sweep(first, storage=url)["states"] == found["states"], "nothing is left to do on the first machine either"
 
 
 # --- proposals --------------------------------------------------------------------------------------------------------

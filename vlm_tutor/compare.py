@@ -6,13 +6,12 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/compare.html.md"""
 
 # %% auto #0
 __all__ = ['FIRST', 'SCORES', 'MILDER', 'COUNTS', 'SPENT', 'MORE_COLOURS', 'KINDS', 'RECEIPT_STYLE', 'SCRIPT', 'ROOM',
-           'order_groups', 'find_groups', 'check_truths', 'check_schema', 'common_rows', 'time_and_cost', 'more_scores',
-           'group_scores', 'differences', 'field_table', 'slip_table', 'with_interval', 'difference_line',
-           'score_table', 'group_colours', 'fields_title', 'plot_fields', 'scores_title', 'plot_scores',
-           'field_differences', 'plot_differences', 'plot_radar', 'mixed_names', 'name_counts', 'plot_names',
-           'training_rows', 'plot_sizes', 'beside', 'side_by_side', 'marked', 'answer_cell', 'verdict',
-           'receipt_errors', 'receipt_html', 'filter_options', 'page', 'receipt_images', 'other_runs', 'report_folder',
-           'compare']
+           'order_groups', 'find_groups', 'common_rows', 'time_and_cost', 'more_scores', 'group_scores', 'differences',
+           'field_table', 'slip_table', 'with_interval', 'difference_line', 'score_table', 'group_colours',
+           'fields_title', 'plot_fields', 'scores_title', 'plot_scores', 'field_differences', 'plot_differences',
+           'plot_radar', 'mixed_names', 'name_counts', 'plot_names', 'training_rows', 'plot_sizes', 'beside',
+           'side_by_side', 'marked', 'answer_cell', 'verdict', 'receipt_errors', 'receipt_html', 'filter_options',
+           'page', 'receipt_images', 'other_runs', 'report_folder', 'compare']
 
 # %% ../nbs/21_compare.ipynb #ac984e68
 import html, json, textwrap
@@ -24,8 +23,8 @@ import numpy as np
 from .certainty import paired_tests, receipts_for_f1
 from .core import COLOURS, Result, RunFolder, VlmError, atomic_write, check_choice
 from .core import md_table, read_json_file, read_jsonl, table
-from .fields import LOCALES, field_scores, set_scores, table_scores
-from .metrics import _f1, _own_schema, _true, bootstrap_weights, evaluate, exact_match, flatten, interval
+from .fields import LOCALES, check_truths, field_scores, set_scores, table_scores
+from .metrics import _f1, _true, bootstrap_weights, check_schema, evaluate, exact_match, flatten, interval
 from .metrics import read_json, score
 from .report import Markup, html_table, image_data_url, tag, whole_page
 from .sources import read_data_set
@@ -48,30 +47,6 @@ def find_groups(
     wanted = [groups] if isinstance(groups, str) else list(groups or have)
     for g in wanted: check_choice('group', g, have)
     return order_groups(wanted)
-
-# %% ../nbs/21_compare.ipynb #3fbaaeb6
-def check_truths(
-    rows: dict,  # {group: rows}, the same receipts in the same order
-):
-    "Raise a `VlmError` when two groups hold different truths for one receipt"
-    (first, ours), *others = rows.items()
-    for group, theirs in others:
-        for a, b in zip(ours, theirs):
-            if a['truth'] == b['truth'] or _true(a) == _true(b): continue
-            fields = [', '.join(dict.fromkeys(path for path, _ in flatten(_true(r)))) for r in (a, b)]
-            raise VlmError(f"receipt '{a['id']}' has one truth in {first} (fields {fields[0]}) and another in {group} "
-                           f'(fields {fields[1]})', remedy='Predict both groups again with the data set as it is now')
-
-def check_schema(
-    run: RunFolder,  # its data set may have a schema beside it
-    rows: list,  # prediction rows
-):
-    "Raise a `VlmError` when no truth fits the schema that the data set was saved with"
-    schema = _own_schema(run.path)
-    wrong = [schema.check(_true(row)) for row in rows] if schema else []
-    if wrong and all(wrong):
-        raise VlmError(f"no truth in the predictions fits the schema of the run's data set: '{rows[0]['id']}', "
-                       f'{wrong[0][0]}', remedy='Predict again with the data set as it is now')
 
 # %% ../nbs/21_compare.ipynb #3e457de0
 def common_rows(

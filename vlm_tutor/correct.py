@@ -24,6 +24,7 @@ from .errors import needed_groups, sums_wrong, suspect_labels
 from .examples import saved_schema
 from .fields import LOCALES
 from .predict import choose_adapter, load_run_model, split_examples
+from .receipts import SPLITS
 from .report import Markup, image_data_url, tag, whole_page
 from .sharegpt import write_splits
 from .sources import compact_json, data_sets, read_data_set
@@ -316,6 +317,12 @@ def _suspects(run, groups, split, losses):
     return suspect_labels(rows, needed_groups(run, rows))
 
 # %% ../nbs/22b_correct.ipynb #60722382
+def _answered(run, groups):
+    "The first split that all groups answered; train when there is none"
+    found = [{row['split'] for row in read_jsonl(run.predictions(group), unfinished=True)}
+             for group in find_groups(run, groups)]
+    return next((split for split in SPLITS if all(split in part for part in found)), 'train')
+
 def _item(part, e, doubts):
     "What the page shows of a label"
     return dict(id=e.id, split=part, was=content_hash(e.target.encode()), label=e.target, doubts=doubts,
@@ -329,27 +336,28 @@ def _items(run, split, doubts):
     return [_item(*places[name], about) for name, about in doubts.items()]
 
 # %% ../nbs/22b_correct.ipynb #22f5ffa2
-def _review_result(run, items, page, sheet):
+def _review_result(run, split, items, page, sheet):
     "What the verb tells"
     data, doubts = load_config(run.path).dataset_dir, [dict(id=i['id'], **one) for i in items for one in i['doubts']]
     tail = [f'page  {page}', f'list  {sheet}', f'next  open {page} in a browser, download your decisions, then',
             f'      vlm correct {data} decisions.jsonl --out {next_version(data)}']
-    text = '\n'.join([f'{len(items)} labels to doubt' + ', the first of them:'*bool(items),
+    text = '\n'.join([f'{len(items)} labels of split {split} to doubt' + ', the first of them:'*bool(items),
                       *([table(doubts[:8])] if doubts else []), '', *tail])
-    return Result(dict(n=len(items), doubts=doubts, page=str(page), list=str(sheet)), text)
+    return Result(dict(n=len(items), split=split, doubts=doubts, page=str(page), list=str(sheet)), text)
 
 # %% ../nbs/22b_correct.ipynb #693b372d
 def review(
     run: str, # run folder with predictions, or of a cross-validation
     groups: list = None, # names such as vanilla-model finetuned-model; all of them when left out
-    split: str = 'train', # train, validation or test
+    split: str = None, # train, validation or test; the first of them that all groups answered when left out
     losses: bool = False, # also ask the trained model how much each label surprises it
     locale: str = 'id', # en, de, fr, ch or id: how numbers are written, for the sums
     device: str = 'auto', # auto, cpu or cuda, for the losses
 ) -> Result: # n, doubts, and where page and list lie
     "Write a page on which you accept or correct the labels to doubt, and the same as a CSV file"
     run = RunFolder.open(run)
-    check_choice('split', split, ('train', 'validation', 'test'))
+    split = split or ('train' if losses else _answered(run, groups))
+    check_choice('split', split, SPLITS)
     check_choice('locale', locale, LOCALES)
     suspects, high = _suspects(run, groups, split, losses), label_losses(run, split, device) if losses else []
     sums = sum_suspects(split_examples(load_config(run.path), split), locale)
@@ -357,7 +365,7 @@ def review(
     run.report.mkdir(parents=True, exist_ok=True)
     page = atomic_write(run.report/'review.html', review_page(f'{len(items)} labels to doubt', items))
     sheet = atomic_write(run.report/'review.csv', review_csv(items))
-    return _review_result(run, items, page, sheet)
+    return _review_result(run, split, items, page, sheet)
 
 # %% ../nbs/22b_correct.ipynb #6ce0452b
 def _decision_rows(path):

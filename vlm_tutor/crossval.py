@@ -19,7 +19,7 @@ from .core import (COLOURS, Result, RunFolder, VlmError, alone, atomic_write, md
 from .metrics import evaluate, read_predictions, score
 from .predict import predict, training_splits
 from .splits import check_folds, group_values, make_folds, row_groups
-from .sweep import copy_rows, share_features, worker_pool
+from .sweep import copy_rows, outcomes, share_features, worker_pool
 from .train import data_hash, train
 
 # %% ../nbs/20a_crossval.ipynb #5c03669d
@@ -93,7 +93,7 @@ def run_folds(
         return
     with worker_pool(workers) as pool:
         jobs = [pool.submit(run_fold, config, shared, device) for config in configs]
-        for job in progress(jobs, len(jobs), 'cross-validation', 'run'): job.result()
+        for _ in progress(outcomes(jobs), len(jobs), 'cross-validation', 'run'): pass
 
 # %% ../nbs/20a_crossval.ipynb #e87b65f0
 def out_of_fold(

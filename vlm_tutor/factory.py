@@ -7,9 +7,9 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/factory.html.md"""
 # %% auto #0
 __all__ = ['FACTORY_TYPES', 'SIDEWAYS', 'REPLACED', 'FACTORY_GROUP', 'ENGINES', 'PLAIN_POSITIONS', 'need_factory',
            'check_factory', 'our_size', 'ready_image', 'write_rows', 'why_misread', 'base_for_factory', 'check_limits',
-           'base_hash', 'method_in_its_words', 'factory_keys', 'FactoryLog', 'follow', 'factory_environment', 'stop',
-           'run_factory', 'factory_events', 'collect_adapter', 'collect_model', 'weights_in', 'predict_keys',
-           'prediction_rows', 'check_engine', 'train_by_factory', 'train']
+           'base_hash', 'method_in_its_words', 'best_in_its_words', 'factory_keys', 'FactoryLog', 'follow',
+           'factory_environment', 'stop', 'run_factory', 'factory_events', 'collect_adapter', 'collect_model',
+           'weights_in', 'predict_keys', 'prediction_rows', 'check_engine', 'train_by_factory', 'train']
 
 # %% ../nbs/19_factory.ipynb #8882c2ec
 import io, json, math, os, re, shutil, signal, subprocess, time
@@ -195,6 +195,16 @@ def method_in_its_words(
     keys = {name: value for name, value in method_keys(config).items() if value}
     return dict(finetuning_type='lora', **keys) | (dict(pissa_convert=True) if 'pissa_init' in keys else {})
 
+# %% ../nbs/19_factory.ipynb #f8b725ca
+def best_in_its_words(
+    config, # a `Config`
+) -> dict: # keys and values
+    "The best evaluation as LLaMA-Factory knows it: by the loss, from a checkpoint of the same step"
+    keys, patience, best = {}, config.early_stopping_patience, config.load_best_model_at_end
+    if best or patience: keys['metric_for_best_model'] = 'loss'
+    if best: keys |= dict(save_strategy=config.eval_strategy, save_steps=config.eval_steps or config.logging_steps)
+    return keys | (dict(early_stopping_steps=patience) if patience else {})
+
 # %% ../nbs/19_factory.ipynb #68689cae
 REPLACED = ('dataset', 'eval_dataset', 'dataset_dir', 'media_dir', 'max_samples', 'val_size', 'warmup_ratio',
             'plot_loss', 'auto_find_batch_size', 'output_dir', 'metric_for_best_model', 'early_stopping_patience')
@@ -208,16 +218,13 @@ def factory_keys(
 ) -> dict: # keys and values
     "The YAML for LLaMA-Factory: the configuration, with its rows and places"
     keys = {name: value for name, value in as_dict(config).items() if name not in OWN_KEYS + REPLACED}
-    keys |= method_in_its_words(config)
+    keys |= method_in_its_words(config) | best_in_its_words(config)
     device, kind = numbers[0], str(numbers[1])
     went_on = any((place/'output').glob('checkpoint-*'))
     keys |= dict(model_name_or_path=model, do_train=True, dataset='train', dataset_dir=str(place),
                  output_dir=str(place/'output'), overwrite_output_dir=not went_on, overwrite_cache=True,
                  logging_first_step=True, warmup_steps=config.warmup_steps or config.warmup_ratio,
                  use_cpu=device == 'cpu', bf16='bfloat16' in kind, fp16='float16' in kind and 'bfloat16' not in kind)
-    if config.load_best_model_at_end or config.early_stopping_patience:
-        keys |= dict(metric_for_best_model='loss', load_best_model_at_end=True)
-    if config.early_stopping_patience: keys['early_stopping_steps'] = config.early_stopping_patience
     if config.preprocessing_num_workers:
         keys['preprocessing_num_workers'] = min(config.preprocessing_num_workers, machine()['cores'])
     return keys | (dict(do_eval=True, eval_dataset='validation') if judged else dict(eval_strategy='no'))
@@ -333,10 +340,12 @@ def _why(code, told):
 # %% ../nbs/19_factory.ipynb #5f3ca2be
 def factory_events(
     output: Path, # what LLaMA-Factory wrote
+    best: bool = False, # were the best weights put back, so that what was judged last are they?
 ) -> list: # rows for log.jsonl
     "Steps and validations of its history, in the words of our log"
     state, last, rows = read_json_file(output/'trainer_state.json'), output/'eval_results.json', []
-    told = state['log_history'] + ([read_json_file(last) | dict(step=state['global_step'])] if last.exists() else [])
+    told, end = state['log_history'], state['global_step']
+    if last.exists() and not best: told = [*told, read_json_file(last) | dict(step=end)]
     for row in told:
         at = dict(step=row['step'], epoch=round(row['epoch'], 4))
         if 'loss' in row: rows.append(dict(event='step') | at | {
@@ -496,7 +505,7 @@ def _parts(config):
 def _finish(run, config, told, start, left_out, seconds):
     "Bring adapter and history into the run folder, and close the log"
     base, output = dict(name=config.model_name_or_path, hash=start['base']), _place(run)/'output'
-    rows = factory_events(output)
+    rows = factory_events(output, config.load_best_model_at_end)
     if config.finetuning_type in WEIGHTS: collect_model(output, run, base | dict(parts=_parts(config)))
     else: collect_adapter(output, run, base)
     made = trained_folder(run)
@@ -505,7 +514,7 @@ def _finish(run, config, told, start, left_out, seconds):
         from vlm_tutor.tiny import resolve_model
         total = trainable + weights_in(resolve_model(config.model_name_or_path))
     steps = max(row['step'] for row in rows)
-    start |= dict(steps=steps, trainable=trainable, total=total, share=trainable/total if total else None)
+    start |= dict(steps=told.total or steps, trainable=trainable, total=total, share=trainable/total if total else None)
     start_log(run, start, left_out, 0)
     for row in rows: append_jsonl(run.log_file, row)
     done = dict(step=steps, epoch=rows[-1]['epoch'], adapter=adapter_hash(made), seconds=round(seconds, 2))
@@ -575,7 +584,7 @@ def train_by_factory(
     check_engine(run, 'llamafactory')
     done = trained_folder(run).exists() and bool(events(run, 'done'))
     preprocess, reasons = _eyes(config, device, command) if predict or not done else (None, [])
-    run = RunFolder.create(run.path, as_dict(config))
+    run = RunFolder.create(run.path, as_dict(replace(config, metric_for_best_model='loss'))) # the only one it knows
     check_same(run, 'data set', data)
     if not done: _train(config, run, command, device, (preprocess, reasons, examples, validation), data)
     result = train_result(run, again=done)

@@ -6,7 +6,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/fields.html.md"""
 
 # %% auto #0
 __all__ = ['LOCALES', 'COLUMNS', 'plain', 'read_number', 'value_key', 'field_counts', 'assign', 'table_rows', 'match_rows',
-           'table_scores', 'mean_anls', 'field_scores', 'set_scores', 'fields']
+           'table_scores', 'mean_anls', 'field_scores', 'set_scores', 'check_truths', 'fields']
 
 # %% ../nbs/11b_fields.ipynb #2856c8fd
 import json, re, unicodedata
@@ -19,8 +19,8 @@ import numpy as np
 
 from .certainty import calibration_error, confidence, paired_tests, receipts_for_f1, separation
 from .core import Result, RunFolder, VlmError, atomic_write, check_choice, md_table, table
-from .metrics import (_check_pairs, _f1, _true, anls, bootstrap_weights, edit_table, exact_match, flatten,
-                               grits_content, interval, normalise, read_json, read_predictions)
+from .metrics import (_check_pairs, _f1, _true, anls, bootstrap_weights, check_schema, edit_table, exact_match,
+                               flatten, grits_content, interval, normalise, read_json, read_predictions)
 
 # %% ../nbs/11b_fields.ipynb #7a9bda38
 def plain(
@@ -238,6 +238,19 @@ def set_scores(
     return {name: float(values[0]) for name, values in draws.items()} | dict(
         ci={name: interval(values[1:]) for name, values in draws.items()})
 
+# %% ../nbs/11b_fields.ipynb #0c10ef12
+def check_truths(
+    rows: dict, # {group: rows}, the same receipts in the same order
+):
+    "Raise a `VlmError` when two groups hold different truths for one receipt"
+    (first, ours), *others = rows.items()
+    for group, theirs in others:
+        for a, b in zip(ours, theirs):
+            if a['truth'] == b['truth'] or _true(a) == _true(b): continue
+            fields = [', '.join(dict.fromkeys(path for path, _ in flatten(_true(r)))) for r in (a, b)]
+            raise VlmError(f"receipt '{a['id']}' has one truth in {first} (fields {fields[0]}) and another in {group} "
+                           f'(fields {fields[1]})', remedy='Predict both groups again with the data set as it is now')
+
 # %% ../nbs/11b_fields.ipynb #9a449820
 def _wanted(run, group):
     "Names of groups: those given, with commas between them, or all that have predictions"
@@ -253,8 +266,10 @@ def _shared(run, names, split):
     common = [id for id in rows[names[0]] if all(id in other for other in rows.values())]
     if not common: raise VlmError(f"no receipt of split '{split}' was answered by all of {', '.join(names)}",
                                   remedy='Run vlm predict for each group with the same --split')
-    return {name: [found[id] for id in common] for name, found in rows.items()}, {
-        name: len(found) - len(common) for name, found in rows.items()}
+    left_out = {name: len(found) - len(common) for name, found in rows.items()}
+    rows = {name: [found[id] for id in common] for name, found in rows.items()}
+    check_truths(rows)
+    return rows, left_out
 
 # %% ../nbs/11b_fields.ipynb #bbb1d432
 def _sure(rows, preds, truths):
@@ -310,6 +325,7 @@ def fields(
     if locale: check_choice('locale', locale, LOCALES)
     names = _wanted(run, group)
     rows, left_out = _shared(run, names, split)
+    check_schema(run, rows[names[0]])
     truths = [_true(row) for row in rows[names[0]]]
     found, tests = {name: _group(rows[name], truths, locale) for name in names}, {}
     for name in names[1:]:

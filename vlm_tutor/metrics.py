@@ -7,7 +7,7 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/metrics.html.md"""
 # %% auto #0
 __all__ = ['SUBSETS', 'normalise', 'flatten', 'field_f1', 'edit_table', 'document_tree', 'tree_distance', 'nted_accuracy',
            'read_json', 'exact_match', 'anls', 'grits_content', 'bootstrap_weights', 'interval', 'bootstrap_difference',
-           'score', 'read_predictions', 'evaluate']
+           'score', 'read_predictions', 'check_schema', 'evaluate']
 
 # %% ../nbs/11_metrics.ipynb #4572a023
 import html, json, re
@@ -657,6 +657,18 @@ def _own_schema(run):
     folder, name = _data_set(run)
     return saved_schema(folder, name) if name else None
 
+# %% ../nbs/11_metrics.ipynb #cb1452d8
+def check_schema(
+    run: RunFolder, # its data set may have a schema beside it
+    rows: list, # prediction rows
+):
+    "Raise a `VlmError` when no truth fits the schema that the data set was saved with"
+    schema = _own_schema(run.path)
+    wrong = [schema.check(_true(row)) for row in rows] if schema else []
+    if wrong and all(wrong):
+        raise VlmError(f"no truth in the predictions fits the schema of the run's data set: '{rows[0]['id']}', "
+                       f'{wrong[0][0]}', remedy='Predict again with the data set as it is now')
+
 # %% ../nbs/11_metrics.ipynb #66b24772
 def _labels(run, rows, split):
     "For each subset the label of every row, where all rows have one"
@@ -697,6 +709,7 @@ def evaluate(
 ) -> Result: # scores, fields, intervals
     "Score the predictions of one group, field by field, with intervals"
     rows, schema = read_predictions(run, group, split), find_schema(schema) or _own_schema(run)
+    check_schema(RunFolder(run), rows)
     texts = [None if row.get('error') else row.get('raw') for row in rows]
     scores = dict(group=group, split=split, failed=sum(bool(row.get('error')) for row in rows),
                   seconds=sum(row.get('seconds') or 0 for row in rows))

@@ -8,12 +8,13 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/sweep.html.md"""
 __all__ = ['NOT_SEARCHED', 'RANGE', 'SCORES', 'COSTS', 'BLOCK', 'Axis', 'check_axis_name', 'read_axis', 'Plan', 'trial_config',
            'usual_search', 'read_plan', 'draw', 'copy_rows', 'entries_of', 'with_prompt', 'share_features',
            'peak_memory', 'measure', 'need_optuna', 'storage_url', 'open_study', 'release', 'run_trial', 'trial_line',
-           'places_left', 'work', 'worker_pool', 'work_together', 'finished', 'trial_rows', 'test_scores', 'write_best',
-           'importance', 'plot_parallel', 'plot_importance', 'plot_cost', 'sweep_result', 'sweep']
+           'places_left', 'work', 'worker_pool', 'outcomes', 'work_together', 'finished', 'trial_rows', 'test_scores',
+           'write_best', 'importance', 'plot_parallel', 'plot_importance', 'plot_cost', 'sweep_result', 'sweep']
 
 # %% ../nbs/20_sweep.ipynb #9fda5d96
 import contextlib, json, math, multiprocessing, os, platform, shutil, sqlite3, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -306,8 +307,9 @@ def storage_url(
     folder: str, # of the sweep
 ) -> str: # as SQLAlchemy writes it
     "Where the study is kept"
-    if storage and '://' in storage: return storage
-    path = Path(storage or Path(folder)/'study.db').resolve()
+    file = (storage or str(Path(folder)/'study.db')).removeprefix('sqlite:///')
+    if '://' in file: return file
+    path = Path(file).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_file(path)
     return f'sqlite:///{path}'
@@ -401,8 +403,11 @@ def run_trial(
     with alone(Path(plan.folder)/place/'.lock'):
         for name, value in dict(place=place, host=platform.node()).items(): trial.set_user_attr(name, value)
         try: found = measure(plan, draw(trial, plan), Path(plan.folder)/place, device, plan.prune and _watcher(trial))
-        except VlmError as error:
-            trial.set_user_attr('error', str(error))
+        except (VlmError, MemoryError) as error:
+            trial.set_user_attr('error', str(error) or 'there was too little memory')
+            raise
+        except optuna.TrialPruned: # nothing goes on from there
+            shutil.rmtree(Path(plan.folder)/place/'checkpoints', ignore_errors=True)
             raise
         except KeyboardInterrupt: raise _Stopped from None
     for name, value in found.items(): trial.set_user_attr(name, value)
@@ -464,6 +469,16 @@ def worker_pool(
     return ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _few_threads, (threads,),
                                max_tasks_per_child=1 if fresh else None)
 
+# %% ../nbs/20_sweep.ipynb #98913e46
+def outcomes(
+    jobs: list, # futures of a `worker_pool`
+): # yields the result of each
+    "What came of each job; a worker that was ended by force is one clear error"
+    try: yield from (job.result() for job in jobs)
+    except BrokenProcessPool:
+        raise VlmError('a worker was ended by force; most often memory ran out',
+                       remedy='The same command goes on; fewer --workers take less memory') from None
+
 # %% ../nbs/20_sweep.ipynb #71a1d573
 def work_together(
     plan: Plan, # of the sweep
@@ -478,7 +493,7 @@ def work_together(
     with worker_pool(workers, fresh=apart) as pool:
         jobs = [pool.submit(work, plan, url, device, until, 1 if apart else None)
                 for _ in range(plan.trials if apart else workers)]
-        for job in jobs: job.result()
+        for _ in outcomes(jobs): pass
 
 # %% ../nbs/20_sweep.ipynb #94168cbb
 def finished(study) -> list: # of Optuna's trials, best score first
