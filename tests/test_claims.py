@@ -48,7 +48,6 @@ def test_every_claim_has_three_seeds_or_more():
     experiment = load_claims("claims")
     used = {claim[side] for claim in experiment["claims"].values() for side in ("more", "less")}
     assert used == set(experiment["arms"]) and experiment["seeds"] >= 3 and not experiment["once"]
-    assert all("vlm " in command for command in experiment["later"].values())
 
 
 @pytest.mark.parametrize("given, said", [

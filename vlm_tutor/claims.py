@@ -24,8 +24,8 @@ from .sweep import peak_memory, share_features
 from .train import events, train, trained_folder
 
 # %% ../nbs/21d_claims.ipynb #1986d058
-CLAIMS = dict(preset='tiny', rows=160, test=32, seeds=3, seed=0, probes=20, changes={}, arms={}, once=[], claims={},
-              later={})
+CLAIMS = dict(preset='tiny', rows=160, test=32, seeds=3, seed=0, probes=20, minutes=15, changes={}, arms={}, once=[],
+              claims={})
 MEASURES = dict(field_f1='field F1', peak_mib='peak MiB', seconds_per_step='seconds a step',
                 cpu_seconds='processor seconds', trainable='trained numbers',
                 adapter_mb='MB on disk', kept='kept of other tasks', loss='training loss')
@@ -122,13 +122,14 @@ def arm_scores(
     if file.exists(): return read_json_file(file)
     share_features(run.path, run.path.parent)
     done = train_apart(_arm_config(run, preset, changes, data))
+    began = time.process_time()
     predict(str(run.path))
     scores = evaluate(str(run.path))
     found = {name: scores[name] for name in ('n', 'field_f1', 'nted_accuracy', 'valid_json')}
     found |= {name: done[name] for name in ('loss', 'steps', 'rows', 'trainable', 'seconds', 'cpu_seconds', 'peak_mib')}
     size = sum(path.stat().st_size for path in trained_folder(run).glob('*.safetensors'))/1e6
     found |= dict(ci=dict(field_f1=scores['ci']['field_f1']), changes=changes, adapter_mb=size,
-                  seconds_per_step=step_seconds(run))
+                  seconds_per_step=step_seconds(run), judge_seconds=time.process_time() - began)
     atomic_write(file, json.dumps(found) + '\n')
     return found
 
@@ -222,7 +223,7 @@ def measure_arms(
     record = dict(groups=groups, kept_before=_kept(experiment, folder, chosen, groups))
     claims = [judge_claim(record, text, claim) for text, claim in experiment['claims'].items()]
     some = ' '.join(['', '--points', *map(repr, only)]) if only else ''
-    kept = {key: experiment[key] for key in ('what', 'preset', 'rows', 'changes', 'arms', 'seed', 'later', 'probes')}
+    kept = {key: experiment[key] for key in ('what', 'preset', 'rows', 'changes', 'arms', 'seed', 'minutes', 'probes')}
     return dict(command=f'vlm bench {name}{some}', experiment=experiment['name'], n=experiment['test'], **kept,
                 **record, claims=claims, **provenance())
 
