@@ -189,7 +189,8 @@ def arm_scores(
     predict(str(run.path))
     scores = evaluate(str(run.path))
     found = {name: scores[name] for name in ('n', 'field_f1', 'nted_accuracy', 'valid_json')} | _told(run, done)
-    found |= dict(ci=dict(field_f1=scores['ci']['field_f1']), changes=changes, judge_seconds=time.process_time() - began)
+    found |= dict(ci=dict(field_f1=scores['ci']['field_f1']), changes=changes)
+    found |= dict(judge_seconds=time.process_time() - began)
     atomic_write(file, json.dumps(found) + '\n')
     return found
 
@@ -313,7 +314,7 @@ def _judge_again(experiment, folder, points, groups):
             if not file.exists(): atomic_write(file, json.dumps(judge(run)) + '\n')
             groups[point][measure] = read_json_file(file)
 
-# %% ../nbs/21d_claims.ipynb #6466e21a
+# %% ../nbs/21d_claims.ipynb #ce3a34fc
 def _record(experiment, name, only, found):
     "What an experiment was, and what it found"
     claims = [judge_claim(found, text, claim) for text, claim in experiment['claims'].items()]
@@ -322,6 +323,13 @@ def _record(experiment, name, only, found):
     return dict(command=f'vlm bench {name}{some}', experiment=experiment['name'], n=experiment['test'], **kept,
                 **found, claims=claims, **provenance())
 
+def _all_scores(experiment, folder, points, data):
+    "Train and judge every run"
+    preset, along = experiment['preset'], experiment['along']
+    return {point: arm_scores(run_of(folder, point, changes), preset, changes, data, along)
+            for point, changes in progress(points.items(), len(points), experiment['name'], 'run')}
+
+# %% ../nbs/21d_claims.ipynb #6466e21a
 def measure_arms(
     name: str|Path, # one of `claim_files`, or a YAML file
     work: str|Path = '.bench', # where runs go; the same command goes on from there
@@ -333,8 +341,7 @@ def measure_arms(
     for point in only: check_choice('point', point, points)
     chosen, data = {n: points[n] for n in points if not only or n in only}, curve_data(folder, experiment)
     _look_once(folder, experiment, data)
-    groups = {point: arm_scores(run_of(folder, point, changes), experiment['preset'], changes, data, experiment['along'])
-              for point, changes in progress(chosen.items(), len(chosen), experiment['name'], 'run')}
+    groups = _all_scores(experiment, folder, chosen, data)
     _judge_again(experiment, folder, chosen, groups)
     return _record(experiment, name, only, dict(groups=groups, kept_before=_kept(experiment, folder, chosen, groups)))
 
