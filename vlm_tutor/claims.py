@@ -168,7 +168,7 @@ def _told(run, done):
     names = ('loss', 'steps', 'rows', 'trainable', 'seconds', 'cpu_seconds', 'peak_mib')
     found = {name: done[name] for name in names} | dict(seconds_per_step=step_seconds(run))
     found |= dict(adapter_mb=sum(path.stat().st_size for path in trained_folder(run).glob('*.safetensors'))/1e6)
-    judged = {str(row['step']): dict(field_f1=row.get('field_f1'), test_loss=row['loss'])
+    judged = {str(row['step']): dict(test_loss=row['loss']) | {name: row[name] for name in ('field_f1',) if name in row}
               for row in events(run, 'validation')}
     return found | (dict(along=judged, test_loss=done['validation_loss']) if judged else {})
 
