@@ -156,6 +156,11 @@ def test_a_run_on_file_is_not_made_again(tmp_path):
     assert arm_scores(RunFolder(tmp_path), "tiny", {}, tmp_path) == group()
 
 
+def test_a_run_that_was_stopped_after_training_keeps_its_costs(tmp_path):
+    (tmp_path / "told.json").write_text(json.dumps(dict(cpu_seconds=20., peak_mib=500.)))
+    assert train_apart(load_config("tiny", dict(output_dir=str(tmp_path)))) == dict(cpu_seconds=20., peak_mib=500.)
+
+
 def test_a_step_is_timed_by_its_median(tmp_path):
     lines = [dict(event="step", step=i + 1, seconds=s) for i, s in enumerate((9, 10, 11, 30, 31))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

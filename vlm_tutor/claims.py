@@ -118,6 +118,7 @@ def train_apart(
     run = RunFolder(config.output_dir)
     run.path.mkdir(parents=True, exist_ok=True)
     given, told, log = (run.path/name for name in ('asked.yaml', 'told.json', 'log.txt'))
+    if told.exists(): return read_json_file(told) # stopped after training: its costs are known
     write_yaml(given, as_dict(config))
     with open(log, 'w') as file:
         ran = subprocess.run([sys.executable, '-c', code, str(given), str(told)], stdout=file, stderr=file)
