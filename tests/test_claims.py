@@ -1,5 +1,5 @@
 "Arms with seeds and claims about them: verdicts by hand, runs that are shared, both experiments in a quick mode."
-import json, math, os
+import json, math, os, re
 
 import pytest
 from vlm_tutor.bench import bench
@@ -11,6 +11,7 @@ from vlm_tutor.methods import METHODS
 from vlm_tutor.claims import STUDENT
 
 CI = dict(field_f1=[.4, .6])
+CLAIMED = [name for name in claim_files() if load_claims(name)["claims"]]
 every = pytest.mark.parametrize("name", claim_files())
 
 
@@ -36,14 +37,9 @@ def test_an_arm_differs_in_what_it_names_and_in_its_seed(name):
         assert differs <= {*experiment["arms"][arm], "seed", *follows} and changes["seed"] == int(seed)
 
 
-def test_methods_holds_every_method_of_the_engine_and_claims_share_their_runs():
-    methods, claims = load_claims("methods"), load_claims("claims")
-    words = {changes.get("finetuning_type", "lora") for changes in methods["arms"].values()}
+def test_methods_holds_every_method_of_the_engine():
+    words = {changes.get("finetuning_type", "lora") for changes in load_claims("methods")["arms"].values()}
     assert words == set(CHOICES["finetuning_type"])
-    assert runs_folder("arms", methods, "w") == runs_folder("arms", claims, "w")
-    one, two = arm_points(methods), arm_points(claims)
-    same = [point for point in one if point in two]
-    assert len(same) >= 9 and all(one[p] == two[p] for p in same)
 
 
 def test_budget_holds_each_native_row_by_its_words_alone():
@@ -64,11 +60,24 @@ def test_equal_time_shares_runs_with_budget_and_names_no_rate():
     assert {"lora 42", "pissa 42", "loraplus 42", "rslora 42"} <= {p for p in one if one[p] == two[p]}
 
 
-def test_every_claim_has_three_seeds_or_more():
-    experiment = load_claims("claims")
-    used = {claim[side] for claim in experiment["claims"].values() for side in ("more", "less")}
-    assert used == set(experiment["arms"]) and experiment["seeds"] >= 3 and not experiment["once"]
-    assert all("vlm " in command for command in experiment["later"].values())
+@pytest.mark.parametrize("name, shared", [("methods", 9), ("rank", 3), ("rates", 9), ("rounding", 6)])
+def test_experiments_share_their_runs(name, shared):
+    other, claims = load_claims(name), load_claims("claims")
+    assert runs_folder("arms", other, "w") == runs_folder("arms", claims, "w")
+    one, two = arm_points(other), arm_points(claims)
+    assert sum(one[point] == two[point] for point in one if point in two) >= shared
+
+
+@pytest.mark.parametrize("name", CLAIMED)
+def test_every_claim_has_three_seeds_or_more(name):
+    experiment = load_claims(name)
+    sides = [claim[side] for claim in experiment["claims"].values() for side in ("more", "less")]
+    used = {arm for side in sides for arm in side_arms(side)}
+    assert used <= {*experiment["arms"], *arms_along(experiment)} and experiment["claims"]
+    assert experiment["seeds"] >= 3 and not experiment["once"]
+    methods = [changes.get("finetuning_type", "lora") for changes in experiment["arms"].values()]
+    rated = ["learning_rate" in changes or changes == {} for changes in experiment["arms"].values()]
+    assert all(rated) or "learning_rate" in experiment["changes"] or set(methods) == {"lora"} or name == "claims"
 
 
 @pytest.mark.parametrize("given, said", [
@@ -76,6 +85,11 @@ def test_every_claim_has_three_seeds_or_more():
     (dict(arms={"a": {}}, claims={"x": dict(measure="speed", more="a", less="a")}), "unknown measure 'speed'"),
     (dict(arms={"a": {}}, claims={"x": dict(measure="loss", more="a")}), "It needs measure, more and less"),
     (dict(arms={"a": {}}, claims={"x": dict(measure="loss", more="a", less="b")}), "unknown arm under less 'b'"),
+    (dict(arms={"a": {}}, claims={"x": dict(measure="loss", more=["a", "b"], less="a")}), "unknown arm under more 'b'"),
+    (dict(arms={"a": {}}, claims={"x": dict(measure="loss", more="a", less=["a"] * 3)}), "names 3 arms"),
+    (dict(arms={"a": {}}, along=2, changes=dict(max_steps=5),
+          claims={"x": dict(measure="loss", more="a after 6 steps", less="a")}), "unknown arm under more 'a after 6"),
+    (dict(arms={"a": dict(eval_dataset="other")}), "'eval_dataset' cannot be varied"),
     (dict(seeds=0), "seeds in experiment mine is 0"), (dict(seeds=11), "at most 10"),
     (dict(arms={"a": dict(learning_rte=1)}), "Did you mean 'learning_rate'?")], ids=str)
 def test_a_wrong_file_is_one_sentence(tmp_path, given, said):
@@ -108,6 +122,43 @@ def test_claims_are_judged_seed_by_seed():
     assert judge_claim(told, "x", dict(measure="trainable", more="a", less="b"))["verdict"] == "inconclusive"
 
 
+def test_a_gain_is_a_difference_of_two_arms():
+    scores = {"short_1": .2, "long_1": .5, "short_2": .3, "long_2": .4, "flat_1": .1, "flat_2": .3, "flat_3": 1.}
+    told = record(**{name: group(field_f1=f1) for name, f1 in scores.items()})
+    assert side_values(told, ["long", "short"], "field_f1") == pytest.approx({"1": .3, "2": .1})
+    found = judge_claim(told, "x", dict(measure="field_f1", more=["long", "short"], less="flat"))
+    assert found["means"] == pytest.approx([.2, .2]) and found["effect"] == pytest.approx(0) and found["seeds"] == 2
+    told["claims"] = [found]
+    row, = claim_rows(told)
+    assert row["more"] == "long − short 0.2" and row["less"] == "flat 0.2" and row["verdict"] == "inconclusive"
+
+
+def test_an_arm_has_a_name_at_each_place_along_its_way():
+    places = {"2": dict(field_f1=.1, test_loss=2.), "4": dict(field_f1=.4, test_loss=1.)}
+    told = record(a_1=group(along=places), a_2=group(along=places))
+    experiment = dict(along=2, changes=dict(max_steps=5), arms={"a": {}, "b": dict(max_steps=1)})
+    assert arms_along(experiment) == {"a after 2 steps": ("a", 2), "a after 4 steps": ("a", 4)}
+    claim = dict(measure="field_f1", more="a after 4 steps", less="a after 2 steps")
+    assert judge_claim(told, "x", claim)["means"] == [.4, .1]
+    told |= dict(preset="tiny", changes=dict(per_device_train_batch_size=4, gradient_accumulation_steps=2))
+    assert method_lines(told, "along") == {"lora": {16: [.1, .1], 32: [.4, .4]}}
+
+
+def test_lines_gather_the_seeds_of_a_value(tmp_path):
+    told = record(a_1=group(), a_2=group(field_f1=.7), b_1=group(field_f1=.1), c_1=group(field_f1=.9))
+    told |= dict(preset="tiny", changes={}, arms=dict(a=dict(lora_rank=4), b=dict(lora_rank=2),
+                                                      c=dict(finetuning_type="dora", lora_rank=4)))
+    assert method_lines(told, "lora_rank") == {"lora": {2: [.1], 4: [.5, .7]}, "dora": {4: [.9]}}
+    axes, = plot_lines(told, "lora_rank", tmp_path / "lines.png").axes
+    assert [line.get_ydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2] == [[.1, .6], [.5, .7]]
+    assert axes.get_xlabel() == "lora_rank" and (tmp_path / "lines.png").stat().st_size > 5000
+
+
+def test_minutes_are_those_of_training_and_judging():
+    told = record(a_1=group(cpu_seconds=50., judge_seconds=40.), a_2=group(cpu_seconds=30.))
+    assert spent_minutes(told) == 2
+
+
 def test_tables_name_what_is_there(tmp_path):
     told = record(lora_1=group(), lora_2=group(field_f1=.7), full_1=group())
     rows = arm_rows(told)
@@ -123,6 +174,11 @@ def test_tables_name_what_is_there(tmp_path):
 def test_a_run_on_file_is_not_made_again(tmp_path):
     (tmp_path / "point.json").write_text(json.dumps(group()))
     assert arm_scores(RunFolder(tmp_path), "tiny", {}, tmp_path) == group()
+
+
+def test_a_run_that_was_stopped_after_training_keeps_its_costs(tmp_path):
+    (tmp_path / "told.json").write_text(json.dumps(dict(cpu_seconds=20., peak_mib=500.)))
+    assert train_apart(load_config("tiny", dict(output_dir=str(tmp_path)))) == dict(cpu_seconds=20., peak_mib=500.)
 
 
 def test_a_step_is_timed_by_its_median(tmp_path):
@@ -143,18 +199,51 @@ def test_memory_is_that_of_this_process():
     assert 190 < held_memory("VmRSS") - before < 230 and held_memory("VmHWM") >= before + 190 and len(block)
 
 
+def quick_of(whole):
+    "An experiment with one step on two receipts"
+    def early(side): return [re.sub(r"after \d+ steps", "after 1 steps", arm) for arm in side_arms(side)]
+    arms = {arm: changes | dict(max_steps=1) for arm, changes in whole["arms"].items()}
+    claims = {text: claim | {side: early(claim[side]) for side in ("more", "less")}
+              for text, claim in whole["claims"].items()}
+    along = dict(along=1) if whole["along"] else {}
+    return dict(rows=2, test=2, seeds=1, probes=5, changes=whole["changes"], arms=arms, claims=claims, **along)
+
+
+def check_methods(by):
+    assert by["lora"]["trainable"] == 271360 and by["full"]["adapter_mb"] > by["lora"]["adapter_mb"]
+    assert by["prompt"]["trainable"] < by["prefix"]["trainable"] and all(g["peak_mib"] > 0 for g in by.values())
+
+
+def check_rounding(by):
+    for arm in ("qat", "qat_lora"): # what learned with rounding is what it is after it
+        assert by[arm]["field_f1_rounded"] == pytest.approx(by[arm]["field_f1"], abs=.02)
+    assert set(by["lora"]) == set(by["qat"]) == set(by["full"])
+
+
+def check_experts(by):
+    # PEFT's count by hand: two layers, eight experts of width 64; four matrices of attention, 64 to 64 or 32
+    assert by["experts"]["trainable"] == 2*4*8*((64 + 128) + (64 + 64))
+    assert by["attention, experts"]["trainable"] == by["attention"]["trainable"] + by["experts"]["trainable"]
+    assert by["attention, experts, router"]["trainable"] - by["attention, experts"]["trainable"] == 2*4*(64 + 8)
+    assert all(g["test_loss"] == g["along"]["1"]["test_loss"] > 0 for g in by.values())
+
+
+def check_seen(by):
+    assert by["lora"]["along"]["1"]["field_f1"] == pytest.approx(by["lora"]["field_f1"], abs=.02)
+
+
+CHECKS = dict(methods=check_methods, claims=check_methods, rounding=check_rounding, experts=check_experts,
+              seen=check_seen)
+
+
 @pytest.mark.slow
 @every
 def test_each_experiment_in_its_quick_mode(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    whole = load_claims(name)
-    arms = {arm: changes | dict(max_steps=1) for arm, changes in whole["arms"].items()}
-    quick = dict(rows=2, test=2, seeds=1, probes=5, arms=arms, claims=whole["claims"])
+    quick = quick_of(load_claims(name))
     told = bench(str(write_yaml("quick.yaml", quick)), work="work")
-    assert set(told["groups"]) == {f"{arm} 42" for arm in arms} and told["commit"] is not None
-    by = {arm: told["groups"][f"{arm} 42"] for arm in arms}
-    assert by["lora"]["trainable"] == 271360 and by["full"]["adapter_mb"] > by["lora"]["adapter_mb"]
-    assert by["prompt"]["trainable"] < by["prefix"]["trainable"] and all(g["peak_mib"] > 0 for g in by.values())
+    assert set(told["groups"]) == {f"{arm} 42" for arm in quick["arms"]} and told["commit"] is not None
+    CHECKS.get(name, len)({arm: told["groups"][f"{arm} 42"] for arm in quick["arms"]})
     assert all(c["seeds"] == 1 and c["verdict"] == "inconclusive" for c in told["claims"])
     assert read_json_file(tmp_path / "work/quick/result.json")["groups"] == told["groups"]
     again = bench(str(write_yaml("quick.yaml", quick)), work="work")

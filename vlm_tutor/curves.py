@@ -54,10 +54,11 @@ def load_curves(
 def check_points(
     preset: str, # the middle
     points: dict, # name: changes
+    allowed: tuple = ('seed',), # of the keys that are no setting
 ) -> dict: # the same points
     "Refuse a point that is no configuration, or would be judged by other rows"
     for changes in points.values():
-        for key in changes.keys() & NOT_SEARCHED.keys() - {'seed'}:
+        for key in changes.keys() & NOT_SEARCHED.keys() - {*allowed}:
             raise VlmError(f"'{key}' cannot be varied: {NOT_SEARCHED[key]}")
         load_config(preset, changes)
     return points
