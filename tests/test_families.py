@@ -14,7 +14,7 @@ from vlm_tutor.export import merge
 from vlm_tutor.features import Features, why_not_kept
 from vlm_tutor.lean import answer_only, why_not_lean
 from vlm_tutor.lora import build_adapter, count_trainable, linear_layers
-from vlm_tutor.memory import measure_rows
+from vlm_tutor.memory import find_shape, measure_rows
 from vlm_tutor.models import FAMILIES, find_family
 from vlm_tutor.predict import adapter_hash, generate, load_run_model, predict, split_examples
 from vlm_tutor.soft import build_method
@@ -274,7 +274,8 @@ def test_learned_tokens_are_tokens_put_before(at_hand, folder, kind):
 def test_the_planner_and_the_checks_count_the_same_tokens(at_hand, kind):
     "By header and rule alone, as 04 and 08 do it, against the rows that training makes"
     config, _, preprocess, _ = at_hand(kind)
-    examples, counter, plan = split_examples(config, "train"), TokenCounter(config), measure_rows(config, None)
+    plan = measure_rows(config, find_shape(config.model_name_or_path))
+    examples, counter = split_examples(config, "train"), TokenCounter(config)
     counts = counter.lengths(examples, [[image_size(path)[::-1] for path in e.images] for e in examples])
     exact = [preprocess.lengths(example) for example in examples]
     for example, told, truth in zip(examples, counts, exact):
