@@ -51,6 +51,13 @@ def test_budget_holds_each_native_row_by_its_words_alone():
         assert {key: value for key, value in changes.items() if key not in free} == rows[name]
 
 
+def test_the_page_tells_which_four_do_not_rise_above_the_base():
+    record = read_json_file("nbs/bench/results/budget.json")
+    high = record["vanilla"]["ci"]["field_f1"][1]
+    below = {name.rpartition(" ")[0] for name, group in record["groups"].items() if group["field_f1"] <= high}
+    assert below == {"prompt", "p_tuning", "full_merger", "full_tower"}
+
+
 def test_equal_time_shares_runs_with_budget_and_names_no_rate():
     one, two = load_claims("equal_time"), load_claims("budget")
     assert runs_folder("arms", one, "w") == runs_folder("arms", two, "w")

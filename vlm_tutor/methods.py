@@ -382,7 +382,8 @@ add_method(Method(
     avoid='small bases and hard formats: the weakest of all',
     native='finetuning_type=prompt',
     factory='',
-    paper='Lester, Al-Rfou and Constant, 2021', arxiv='2104.08691', rate=50))
+    paper='Lester, Al-Rfou and Constant, 2021', arxiv='2104.08691', rate=50,
+    rate_from='short trials; not settled by vlm bench rates'))
 
 # %% ../nbs/01_methods.ipynb #52280cd1
 add_method(Method(
@@ -408,7 +409,8 @@ add_method(Method(
     avoid='the number of trained weights matters',
     native='finetuning_type=p_tuning',
     factory='',
-    paper='Liu and others, 2021', arxiv='2103.10385', rate=1.25))
+    paper='Liu and others, 2021', arxiv='2103.10385', rate=1.25,
+    rate_from='short trials; not settled by vlm bench rates'))
 
 # %% ../nbs/01_methods.ipynb #106a635e
 add_method(Method(
