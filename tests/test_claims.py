@@ -1,5 +1,6 @@
 "Arms with seeds and claims about them: verdicts by hand, runs that are shared, both experiments in a quick mode."
 import json, math, os, re
+from pathlib import Path
 
 import pytest
 from vlm_tutor.bench import bench
@@ -52,7 +53,7 @@ def test_budget_holds_each_native_row_by_its_words_alone():
 
 
 def test_the_page_tells_which_four_do_not_rise_above_the_base():
-    record = read_json_file("nbs/bench/results/budget.json")
+    record = read_json_file(Path(__file__).parents[1]/"nbs/bench/results/budget.json")
     high = record["vanilla"]["ci"]["field_f1"][1]
     below = {name.rpartition(" ")[0] for name, group in record["groups"].items() if group["field_f1"] <= high}
     assert below == {"prompt", "p_tuning", "full_merger", "full_tower"}
