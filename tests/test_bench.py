@@ -342,3 +342,7 @@ def test_peers_in_environments_of_their_own(tmp_path, name):
              "peer_epochs=1", "check_steps=2", "check_accumulation=1"]
     at = b.bench(str(tmp_path/"peer.yaml"), repeats=1, work=str(tmp_path), overrides=small)["points"]
     assert at["base"]["check"] <= 1e-4 and len(at["base"]["ratios"]) == 2
+
+
+def test_a_mistyped_experiment_names_those_of_every_kind():
+    with pytest.raises(VlmError, match="hyperparameters.*claims.*serve. Did you mean 'claims'?"): b.bench("claimz")

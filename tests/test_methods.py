@@ -5,6 +5,7 @@ import pytest
 
 import vlm_tutor.config as config
 from vlm_tutor.core import VlmError
+from vlm_tutor.memory import plan
 from vlm_tutor.methods import MATRICES, METHODS, PAPERS, TOTALS, find_method, methods, state_bytes
 
 LAYERS = r".*language_model\.layers\.\d+\."
@@ -137,6 +138,12 @@ def test_state_by_hand():
     packed = 28*46792704
     by_hand = 2*(2208985600 - packed) + packed/2 + packed/64 + packed/64/256*4 + 16*9232384
     assert abs(state_bytes(METHODS["qlora"]) - by_hand) < 1
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.native])
+def test_what_a_method_offers_next_is_a_plan_that_can_be_asked_for(name):
+    words = methods(name).text.splitlines()[-1].removeprefix("next  vlm plan ").split()
+    assert plan(words[0], overrides=words[1:]).text
 
 
 def test_the_verb_tells_all_or_one():

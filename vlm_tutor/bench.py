@@ -73,8 +73,9 @@ def find_experiment(
     there = experiments()
     if str(name) in there: return there[str(name)]
     if Path(name).is_file(): return Path(name)
-    raise VlmError(f"no experiment or file '{name}'", 'Experiments: ' + ', '.join(there),
-                   nearest(name, there).strip() or 'Give one of these or a YAML file')
+    every = [*there, *curve_files(), *claim_files(), *load_files()]
+    raise VlmError(f"no experiment or file '{name}'", 'Experiments: ' + ', '.join(every),
+                   nearest(name, every).strip() or 'Give one of these or a YAML file')
 
 def load_experiment(
     name: str | Path,  # one of `experiments`, or a YAML file
@@ -914,7 +915,7 @@ def _check_numbers(experiment, points):
 def _list_experiments():
     "The experiments with the first line of each file"
     rows = [dict(experiment=name, what=path.read_text().splitlines()[0].lstrip('# '))
-            for name, path in (experiments() | curve_files() | claim_files()).items()]
+            for name, path in (experiments() | curve_files() | claim_files() | load_files()).items()]
     return Result({row['experiment']: row['what'] for row in rows}, table(rows) + '\n\nnext  vlm bench mini',
                   md_table(rows))
 

@@ -550,8 +550,9 @@ def methods(
     m = find_method(name)
     width = max(map(len, m.facts())) + 2
     lines = [f'{label:<{width}}{text}' for label, text in m.facts().items()]
-    data = asdict(m) | dict(share=m.share)
-    return Result(data, '\n'.join([m.title, '', *lines, '', 'next  vlm plan cord']), m._repr_markdown_())
+    data, ours = asdict(m) | dict(share=m.share), m.facts()['our engine']
+    after = ours.replace('vlm train', 'vlm plan') if m.native else 'vlm methods'
+    return Result(data, '\n'.join([m.title, '', *lines, '', f'next  {after}']), m._repr_markdown_())
 
 # %% ../nbs/01_methods.ipynb #5e4478ed
 def state_bytes(
