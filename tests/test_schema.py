@@ -3,7 +3,7 @@ import json
 from decimal import Decimal
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from jsonschema import Draft202012Validator
 
 from vlm_tutor.core import VlmError
@@ -26,6 +26,7 @@ def paths(value, at=""):
     return {p for k, v in value.items() for p in {(at + "." + k).lstrip("."), *paths(v, (at + "." + k).lstrip("."))}}
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow]) # of making the first input, on a busy machine
 @given(made=answers)
 def test_all_answers_fit_the_schema_inferred_from_them(made):
     found = infer_schema(iter(made))
@@ -42,6 +43,7 @@ def test_check_finds_something_exactly_when_jsonschema_does(made, other):
     assert bool(found.check(other)) == (not Draft202012Validator(found.rules).is_valid(other))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow]) # of making the first input, on a busy machine
 @given(made=answers)
 def test_written_and_read_it_is_the_same_schema(tmp_path_factory, made):
     found, path = infer_schema(made, "mine", "What?"), tmp_path_factory.mktemp("s") / "x.json"

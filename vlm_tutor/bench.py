@@ -71,8 +71,7 @@ def find_experiment(
 ) -> Path:
     "The file behind a name"
     there = experiments()
-    if str(name) in there: return there[str(name)]
-    if Path(name).is_file(): return Path(name)
+    if (path := there.get(str(name), Path(name))).is_file(): return path
     every = [*there, *curve_files(), *claim_files(), *load_files()]
     raise VlmError(f"no experiment or file '{name}'", 'Experiments: ' + ', '.join(every),
                    nearest(name, every).strip() or 'Give one of these or a YAML file')
