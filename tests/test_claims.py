@@ -252,6 +252,7 @@ def test_each_experiment_in_its_quick_mode(tmp_path, monkeypatch, name):
     told = bench(str(write_yaml("quick.yaml", quick)), work="work")
     assert set(told["groups"]) == {f"{arm} 42" for arm in quick["arms"]} and told["commit"] is not None
     CHECKS.get(name, len)({arm: told["groups"][f"{arm} 42"] for arm in quick["arms"]})
+    assert ("vanilla" in told) == (name != "experts"), "its random bases are not the preset's"
     assert all(c["seeds"] == 1 and c["verdict"] == "inconclusive" for c in told["claims"])
     assert read_json_file(tmp_path / "work/quick/result.json")["groups"] == told["groups"]
     again = bench(str(write_yaml("quick.yaml", quick)), work="work")

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from vlm_tutor.core import (Example, Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, content_hash,
-                            hash_folder, load_image, read_json_file, read_jsonl, set_seed, table, write_jsonl)
+                            hash_folder, load_image, name_ends, read_json_file, read_jsonl, set_seed, table,
+                            write_jsonl)
 
 CLOSED = "/sys/vlm_tutor"  # not even root can make a folder here
 
@@ -162,3 +163,13 @@ def test_a_seed_reaches_python_numpy_and_torch():
         set_seed(5)
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
+
+
+def test_names_at_the_ends_of_lines_stand_apart_and_keep_their_order():
+    from matplotlib.figure import Figure
+    ax = Figure().subplots()
+    ax.set_ylim(0, 2)
+    ends = [(3, 1., "b", "red"), (3, .95, "a", "blue"), (3, 1.01, "c", "grey"), (2, 1.9, "far", "red")]
+    name_ends(ax, ends, least=.1)
+    found = {text.get_text(): text.xy for text in ax.texts}
+    assert found == {"a": (3, .95), "b": (3, pytest.approx(1.15)), "c": (3, pytest.approx(1.35)), "far": (2, 1.9)}

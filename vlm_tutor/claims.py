@@ -19,7 +19,7 @@ from pathlib import Path
 from .augment import Augmentation, disturbed_copies
 from .config import as_dict, load_config
 from .core import (COLOURS, CONFIGS, Result, RunFolder, VlmError, atomic_write, check_choice, md_table,
-                            progress, read_json_file, table, write_yaml)
+                            name_ends, progress, read_json_file, table, write_yaml)
 from .curves import check_points, curve_data, provenance, read_experiment, run_of, runs_folder
 from .forgetting import forgetting
 from .metrics import evaluate
@@ -201,7 +201,7 @@ def _look_once(folder, experiment, data):
     run = RunFolder(folder/'features-only')
     if run.path.exists(): return
     share_features(run.path, folder)
-    train_apart(arm_config(run, experiment['preset'], dict(max_steps=1), data))
+    train_apart(arm_config(run, experiment['preset'], experiment['changes'] | dict(max_steps=1), data))
 
 def kept_scores(
     folder: Path, # from `runs_folder`
@@ -258,8 +258,9 @@ def vanilla_scores(
     return dict(n=scores['n'], field_f1=scores['field_f1'], ci=dict(field_f1=scores['ci']['field_f1']))
 
 def _beside(folder, points, groups):
-    "Add the curve of each run; what the base scores"
+    "Add the curve of each run; what the base scores, where all runs start from the preset's"
     for point, changes in points.items(): groups[point]['curve'] = loss_curve(run_of(folder, point, changes))
+    if any('model_name_or_path' in changes for changes in points.values()): return {}
     return dict(vanilla=vanilla_scores(RunFolder(folder/'features-only')))
 
 # %% ../nbs/21d_claims.ipynb #1ebc777e
@@ -465,12 +466,11 @@ def method_lines(
 
 # %% ../nbs/21d_claims.ipynb #05817e1b
 def _draw_line(ax, method, line):
-    "Dots, and a line through their means with its name at the end"
+    "Dots, and a line through their means; where it ends, for its name"
     means = {x: statistics.mean(values) for x, values in line.items()}
     drawn, = ax.plot(list(means), list(means.values()))
     for x, values in line.items(): ax.plot([x]*len(values), values, 'o', ms=3, alpha=.6, color=drawn.get_color())
-    ax.annotate(method, (max(means), means[max(means)]), (6, 0), textcoords='offset points', va='center', fontsize=8,
-                color=drawn.get_color())
+    return max(means), means[max(means)], method, drawn.get_color()
 
 def plot_lines(
     record: dict, # from `measure_arms`
@@ -481,12 +481,13 @@ def plot_lines(
     from matplotlib.figure import Figure
     fig, lines = Figure(figsize=(6, 3), dpi=130, layout='constrained'), method_lines(record, key)
     ax, values = fig.subplots(), sorted({x for line in lines.values() for x in line})
-    for method, line in lines.items(): _draw_line(ax, method, line)
+    ends = [_draw_line(ax, method, line) for method, line in lines.items()]
     if key != 'along': ax.set_xscale('log')
     ax.set_xticks(values, [f'{x:g}' for x in values], fontsize=7)
     ax.minorticks_off()
-    ax.set(ylim=(0, None), xlabel='samples seen' if key == 'along' else key, ylabel='field F1')
+    ax.set(ylim=(0, 1.08*ax.dataLim.y1), xlabel='samples seen' if key == 'along' else key, ylabel='field F1')
     ax.spines[['top', 'right']].set_visible(False)
+    name_ends(ax, ends)
     if path: fig.savefig(path)
     return fig
 

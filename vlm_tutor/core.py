@@ -8,8 +8,8 @@ Docs: https://vlm-tutor.github.io/vlm_tutor/core.html.md"""
 __all__ = ['fcntl', 'PACKAGE', 'ASSETS', 'CONFIGS', 'COLOURS', 'PACKAGES', 'VlmError', 'nearest', 'check_choice', 'no_data_set',
            'Example', 'load_image', 'upright_size', 'atomic_write', 'read_json_file', 'read_jsonl', 'json_line',
            'write_jsonl', 'append_jsonl', 'alone', 'content_hash', 'hash_folder', 'Result', 'show_value', 'table',
-           'md_table', 'say', 'Progress', 'progress', 'asset', 'set_seed', 'package_version', 'versions', 'machine',
-           'cpu_has_bf16', 'RunFolder', 'read_yaml', 'write_yaml', 'venvs_folder', 'find_llamafactory']
+           'md_table', 'say', 'Progress', 'progress', 'asset', 'name_ends', 'set_seed', 'package_version', 'versions',
+           'machine', 'cpu_has_bf16', 'RunFolder', 'read_yaml', 'write_yaml', 'venvs_folder', 'find_llamafactory']
 
 # %% ../nbs/00_core.ipynb #c8e97838
 import difflib, hashlib, json, logging, os, platform, random, shutil, subprocess, sys, time
@@ -395,6 +395,19 @@ def asset(
     if path.exists(): return path
     there = sorted(p.name for p in ASSETS.glob('*')) if ASSETS.exists() else []
     raise VlmError(f"the package has no asset '{name}'", there or None, nearest(name, there).strip() or None)
+
+# %% ../nbs/00_core.ipynb #8e3d97c5
+def name_ends(
+    ax, # of matplotlib, its limits set
+    ends: list, # (x, y, name, colour), one a line
+    least: float = .07, # share of the height between two names
+):
+    "Write names at the ends of lines, from the lowest up, none over another"
+    low, high = ax.get_ylim()
+    place = float('-inf')
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + least*(high - low))
+        ax.annotate(name, (x, place), (6, 0), textcoords='offset points', color=colour, va='center', fontsize=8)
 
 # %% ../nbs/00_core.ipynb #d1960553
 def set_seed(

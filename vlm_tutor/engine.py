@@ -26,7 +26,8 @@ from .config import method_keys, plan_steps
 from .core import VlmError, atomic_write, read_json_file, say
 from .features import reuse_memory
 from .lean import MEMORY, answer_only, lean_loss, open_layers, pack, why_not_lean
-from .lora import TOWERS, decoder, no_chatter, numbers, save_adapter_files
+from .lora import decoder, no_chatter, numbers, save_adapter_files
+from .models import part_names
 from .qat import write_grid
 from .soft import has_prefix
 
@@ -143,7 +144,7 @@ def rest_tower(
 ):
     "Run the vision tower without gradient when nothing in it learns"
     for name, part in model.named_modules():
-        if name.rpartition('.')[2] in TOWERS and not any(p.requires_grad for p in part.parameters()):
+        if name.rpartition('.')[2] in part_names()[0] and not any(p.requires_grad for p in part.parameters()):
             part.forward = torch.no_grad()(part.forward)
 
 # %% ../nbs/17a_engine.ipynb #42017435

@@ -20,7 +20,7 @@ import numpy as np
 from .compare import _bars, _figure, with_interval
 from .config import load_config
 from .core import (Example, Result, RunFolder, VlmError, atomic_write, md_table, progress, read_json_file,
-                            read_jsonl, table)
+                            name_ends, read_jsonl, table)
 from .metrics import _true, bootstrap_weights, edit_table, field_f1, interval, read_json
 from .predict import (ADAPTER_FILES, BASE_FILE, _by_length, _predict_rows, _told, choose_adapter,
                                holds_model, rows_on_file, split_examples, stands_alone, switch)
@@ -260,13 +260,13 @@ def plot_trade_off(
     "Task and probes against the share of the adapter"
     best = best_share(curve)
     title = f"How much adapter? At {best['share']:g}: task {best['task']:.2f}, probes {best['probes']:.2f}"
-    fig, ax = _figure(3, title)
+    (fig, ax), ends = _figure(3, title), []
     for name, words, colour in (('task', 'the task (field F1)', '#1a73e8'), ('probes', 'the probes', '#5f6368')):
         ax.plot([row['share'] for row in curve], [row[name] for row in curve], marker='o', color=colour)
-        ax.annotate(words, (curve[-1]['share'], curve[-1][name]), (6, 0), textcoords='offset points', color=colour,
-                    va='center', fontsize=9)
+        ends.append((curve[-1]['share'], curve[-1][name], words, colour))
     ax.axvline(best['share'], color='#dadce0', lw=5, zorder=0)
     ax.set(xlim=(-.02, 1.45), ylim=(0, 1.05), xticks=SHARES, xlabel='share of the adapter')
+    name_ends(ax, ends)
     fig.savefig(path)
 
 def best_share(curve: list) -> dict: # a row of `trade_off`

@@ -158,8 +158,9 @@ def record_shapes(
     lines = [f'{json.dumps(name)}: {json.dumps(row)}' for name, row in rows.items()]
     atomic_write(path, '{' + ',\n'.join(lines) + '}\n')
 
-SOURCES = {name: row['source'] for name, row in read_json_file(KNOWN).items()}
-SHAPES = {name: Shape(**row['shape']) for name, row in read_json_file(KNOWN).items() if 'shape' in row}
+_known = read_json_file(KNOWN)
+SOURCES = {name: row['source'] for name, row in _known.items()}
+SHAPES = {name: Shape(**row['shape']) for name, row in _known.items() if 'shape' in row}
 
 # %% ../nbs/04_memory.ipynb #be4fe367
 def short_name(

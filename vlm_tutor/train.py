@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .augment import Augmentation
 from .config import QAT, as_dict, ineffective_keys, load_config, method_name, remarks
 from .core import (COLOURS, Progress, Result, RunFolder, VlmError, append_jsonl, atomic_write, content_hash,
-                            read_jsonl, say, set_seed, write_jsonl)
+                            name_ends, read_jsonl, say, set_seed, write_jsonl)
 from .metrics import score
 from .models import find_family
 from .predict import (BASE_FILE, REHEARSED, adapter_hash, answer_limit, check_base, check_kind,
@@ -318,15 +318,14 @@ def check_same(
                            remedy='Choose another output_dir, or delete the folder to start over')
 
 # %% ../nbs/18_train.ipynb #44fe7748
-def _line(ax, rows, name, words, colour, marker='', lift=0):
-    "One curve of the log, with its name at its end"
+def _line(ax, rows, name, words, colour, marker=''):
+    "One curve of the log; where it ends, for its name"
     rows = [row for row in rows if row.get(name) is not None]
-    if not rows: return
+    if not rows: return []
     ax.plot([row['step'] for row in rows], [row[name] for row in rows], marker=marker, color=colour, clip_on=False)
-    ax.annotate(words, (rows[-1]['step'], rows[-1][name]), (6, lift), textcoords='offset points', color=colour,
-                va='center', fontsize=8)
+    return [(rows[-1]['step'], rows[-1][name], words, colour)]
 
-def _panel(ax, title, label, best):
+def _panel(ax, title, label, best, ends):
     "What both panels share"
     if best: ax.axvline(best['step'], color='#dadce0', lw=4, zorder=0)
     ax.set_title(title, fontsize=9, loc='left')
@@ -334,6 +333,7 @@ def _panel(ax, title, label, best):
     ax.set_xlim(right=1.25*ax.get_xlim()[1])
     ax.set_ylim(bottom=0)
     ax.spines[['top', 'right']].set_visible(False)
+    name_ends(ax, ends)
 
 # %% ../nbs/18_train.ipynb #7e24815d
 def plot_loss(
@@ -346,14 +346,13 @@ def plot_loss(
     figure = Figure(figsize=(8 if scored else 5, 3), layout='constrained')
     axes = figure.subplots(1, 1 + scored, squeeze=False)[0]
     best = best_validation(judged, run.config().get('metric_for_best_model', 'loss'))
-    _line(axes[0], steps, 'loss', 'training', blue)
-    _line(axes[0], judged, 'loss', 'validation', grey, 'o', 9)
+    ends = _line(axes[0], steps, 'loss', 'training', blue) + _line(axes[0], judged, 'loss', 'validation', grey, 'o')
     title = f"Loss fell from {steps[0]['loss']:.2g} to {steps[-1]['loss']:.2g}"
-    _panel(axes[0], title + (f"; on validation {judged[-1]['loss']:.2g}" if judged else ''), 'loss', best)
+    _panel(axes[0], title + (f"; on validation {judged[-1]['loss']:.2g}" if judged else ''), 'loss', best, ends)
     if scored:
-        _line(axes[1], judged, 'train_field_f1', 'training', blue, 'o')
-        _line(axes[1], judged, 'field_f1', 'validation', grey, 'o', -9)
-        _panel(axes[1], f"Field F1 of {judged[-1]['n']} rows: {judged[-1]['field_f1']:.2f}", 'field F1', best)
+        ends = _line(axes[1], judged, 'train_field_f1', 'training', blue, 'o')
+        ends += _line(axes[1], judged, 'field_f1', 'validation', grey, 'o')
+        _panel(axes[1], f"Field F1 of {judged[-1]['n']} rows: {judged[-1]['field_f1']:.2f}", 'field F1', best, ends)
     run.report.mkdir(exist_ok=True)
     figure.savefig(run.report/'loss.png', dpi=150)
     return run.report/'loss.png'
