@@ -407,7 +407,8 @@ def name_ends(
     place = float('-inf')
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         place = max(y, place + least*(high - low))
-        ax.annotate(name, (x, place), (6, 0), textcoords='offset points', color=colour, va='center', fontsize=8)
+        ax.annotate(name, (x, place), (6, 0), textcoords='offset points', color=colour, va='center', fontsize=8,
+                    annotation_clip=False) # a name that moved above the plot is shown too
 
 # %% ../nbs/00_core.ipynb #d1960553
 def set_seed(

@@ -331,7 +331,7 @@ def _panel(ax, title, label, best, ends):
     ax.set_title(title, fontsize=9, loc='left')
     ax.set(xlabel='step', ylabel=label)
     ax.set_xlim(right=1.25*ax.get_xlim()[1])
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.1*ax.get_ylim()[1])
     ax.spines[['top', 'right']].set_visible(False)
     name_ends(ax, ends)
 
