@@ -41,10 +41,10 @@ notebooks: fresh
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2 --timing
 
 test: notebooks
-	OMP_NUM_THREADS=1 python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 test-all: test
-	OMP_NUM_THREADS=1 python -m pytest -m slow -rs
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m slow -rs
 
 docs: .venv/installed
 	@command -v quarto >/dev/null || echo 'Without Quarto the pages are checked, not built: https://quarto.org/docs/get-started/'

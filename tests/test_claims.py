@@ -1,4 +1,4 @@
-"Arms with seeds and claims about them: verdicts by hand, runs that are shared, both experiments in a quick mode."
+"Arms with seeds and claims about them: verdicts by hand, runs that are shared, every experiment in a quick mode."
 import json, math, os, re
 from pathlib import Path
 
@@ -207,12 +207,20 @@ def test_memory_is_that_of_this_process():
     assert 190 < held_memory("VmRSS") - before < 230 and held_memory("VmHWM") >= before + 190 and len(block)
 
 
-def quick_of(whole):
-    "An experiment with one step on two receipts"
+def first_two(whole):
+    "The arms of the first claim; without claims, the first two"
+    arms = [[arm for side in ("more", "less") for arm in side_arms(claim[side])] for claim in whole["claims"].values()]
+    return {arm.partition(" after ")[0] for arm in (arms or [[*whole["arms"]][:2]])[0]}
+
+
+def quick_of(whole, chosen):
+    "An experiment with one step on two receipts, of the chosen arms and the claims about them"
     def early(side): return [re.sub(r"after \d+ steps", "after 1 steps", arm) for arm in side_arms(side)]
-    arms = {arm: changes | dict(max_steps=1) for arm, changes in whole["arms"].items()}
+    arms = {arm: changes | dict(max_steps=1) for arm, changes in whole["arms"].items() if arm in chosen}
     claims = {text: claim | {side: early(claim[side]) for side in ("more", "less")}
               for text, claim in whole["claims"].items()}
+    claims = {text: claim for text, claim in claims.items()
+              if {arm.partition(" after ")[0] for side in ("more", "less") for arm in claim[side]} <= set(chosen)}
     along = dict(along=1) if whole["along"] else {}
     return dict(rows=2, test=2, seeds=1, probes=5, changes=whole["changes"], arms=arms, claims=claims, **along)
 
@@ -244,16 +252,35 @@ CHECKS = dict(methods=check_methods, claims=check_methods, rounding=check_roundi
               seen=check_seen)
 
 
-@pytest.mark.slow
-@every
-def test_each_experiment_in_its_quick_mode(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    quick = quick_of(load_claims(name))
-    told = bench(str(write_yaml("quick.yaml", quick)), work="work")
-    assert set(told["groups"]) == {f"{arm} 42" for arm in quick["arms"]} and told["commit"] is not None
-    CHECKS.get(name, len)({arm: told["groups"][f"{arm} 42"] for arm in quick["arms"]})
+@pytest.fixture(scope="module")
+def quick_work(tmp_path_factory):
+    "Runs that several experiments share"
+    return tmp_path_factory.mktemp("quick")
+
+
+def run_quick(folder, name, chosen):
+    "Run an experiment in its quick mode, twice: the second time nothing is left to do"
+    file = write_yaml(folder / f"{name}.yaml", quick_of(load_claims(name), chosen))
+    told = bench(str(file), work=str(folder))
+    assert set(told["groups"]) == {f"{arm} 42" for arm in chosen} and told["commit"] is not None
     assert ("vanilla" in told) == (name != "experts"), "its random bases are not the preset's"
     assert all(c["seeds"] == 1 and c["verdict"] == "inconclusive" for c in told["claims"])
-    assert read_json_file(tmp_path / "work/quick/result.json")["groups"] == told["groups"]
-    again = bench(str(write_yaml("quick.yaml", quick)), work="work")
+    assert read_json_file(folder / name / "result.json")["groups"] == told["groups"]
+    again = bench(str(file), work=str(folder))
     assert again["groups"] == told["groups"] and again["kept_before"] == told["kept_before"]
+    return {arm: told["groups"][f"{arm} 42"] for arm in chosen}
+
+
+@every
+def test_each_experiment_in_its_quick_mode(quick_work, monkeypatch, name):
+    monkeypatch.chdir(quick_work)
+    chosen = first_two(load_claims(name))
+    told = run_quick(quick_work, name, chosen)
+    assert all(0 <= group["field_f1"] <= 1 and group["steps"] == 1 for group in told.values())
+
+
+@pytest.mark.slow
+@every
+def test_each_experiment_with_all_its_arms(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    CHECKS.get(name, len)(run_quick(tmp_path, name, load_claims(name)["arms"]))
