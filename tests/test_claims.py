@@ -174,8 +174,10 @@ def test_tables_name_what_is_there(tmp_path):
     assert rows[0]["field F1"] == "0.600 (0.500 to 0.700)" and rows[1]["field F1"] == "0.500"
     told["claims"] = [judge_claim(told, "x", dict(measure=m, more="lora", less="full")) for m in ("loss", "kept")]
     assert [row["verdict"] for row in claim_rows(told)] == ["inconclusive", "not measured"]
-    plot_arms(told, "trainable", tmp_path / "arms.png")
+    score, cost = plot_arms(told | dict(vanilla=dict(field_f1=.3)), "trainable", tmp_path / "arms.png").axes
     assert (tmp_path / "arms.png").stat().st_size > 5000
+    assert [line.get_xdata()[0] for line in score.lines] == [.5, .5, .3], "two arms and the base"
+    assert (score.get_xscale(), cost.get_xscale()) == ("linear", "log")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -420,6 +420,12 @@ def spent_minutes(
     "What the runs of a record took, shared ones too"
     return sum(g['cpu_seconds'] + g.get('judge_seconds', 0) for g in record['groups'].values())/60
 
+# %% ../nbs/21d_claims.ipynb #2b264f02
+def _base_line(ax, score):
+    "What the base scores, as a broken line"
+    ax.axvline(score, color=COLOURS['vanilla-model'], lw=1, ls='--', zorder=0)
+    ax.text(score, 1, 'base', transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7)
+
 # %% ../nbs/21d_claims.ipynb #5124998a
 def plot_arms(
     record: dict, # from `measure_arms`
@@ -432,15 +438,18 @@ def plot_arms(
     there = {arm: list(arm_groups(record, arm).values()) for arm in record['arms']}
     order = sorted((arm for arm in there if there[arm]), key=lambda arm: _mean(there[arm], 'field_f1'))
     fig = Figure(figsize=(7, 1 + .25*len(order)), dpi=130, layout='constrained')
-    for ax, name in zip(fig.subplots(1, 2, sharey=True), ('field_f1', measure)):
+    axes = fig.subplots(1, 2, sharey=True)
+    for ax, name in zip(axes, ('field_f1', measure)):
         for y, arm in enumerate(order):
             ax.plot([group[name] for group in there[arm]], [y]*len(there[arm]), 'o', alpha=.7, ms=4,
-                    color=COLOURS['finetuned-model'])
+                    clip_on=False, color=COLOURS['finetuned-model'])
         ax.set_yticks(range(len(order)), order, fontsize=8)
         ax.set_title(MEASURES[name], fontsize=9, loc='left')
-        ax.set_xlim(0)
+        if name == 'trainable': ax.set_xscale('log')
+        else: ax.set_xlim(0)
         ax.grid(axis='y', color='#dadce0', lw=.5)
         ax.spines[['top', 'right']].set_visible(False)
+    if 'vanilla' in record: _base_line(axes[0], record['vanilla']['field_f1'])
     if path: fig.savefig(path)
     return fig
 
