@@ -621,7 +621,7 @@ def test_any_path_survives_yaml(found): assert yaml.safe_load(with_settings("", 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 @pytest.fixture
-def factory(tmp_path):
+def beside(tmp_path):
     "A folder where LLaMA-Factory would run, a data set elsewhere, and a YAML"
     (tmp_path / "LF/data").mkdir(parents=True)
     (tmp_path / "LF/data/dataset_info.json").write_text('{\n  "identity": {"file_name": "identity.json"}\n}')
@@ -631,11 +631,11 @@ def factory(tmp_path):
     return tmp_path
 
 
-def test_registered_from_one_working_directory_read_from_another(factory, monkeypatch):
-    done = vlm("register", "cord", "--llamafactory", "../LF", "--config", "../LF/train.yaml", cwd=factory / "my")
+def test_registered_from_one_working_directory_read_from_another(beside, monkeypatch):
+    done = vlm("register", "cord", "--llamafactory", "../LF", "--config", "../LF/train.yaml", cwd=beside / "my")
     assert done.returncode == 0, done.stderr
-    monkeypatch.chdir(factory / "elsewhere")
-    config = yaml.safe_load((factory / "LF/train.yaml").read_text())
+    monkeypatch.chdir(beside / "elsewhere")
+    config = yaml.safe_load((beside / "LF/train.yaml").read_text())
     assert f"media_dir: {config['media_dir']}" in done.stdout.splitlines()
     info = json.loads(Path(config["dataset_dir"], "dataset_info.json").read_text())
     assert list(info) == ["identity", "cord", "cord_validation", "cord_test"]
@@ -643,28 +643,28 @@ def test_registered_from_one_working_directory_read_from_another(factory, monkey
     records = json.loads(Path(config["dataset_dir"], info[config["dataset"]]["file_name"]).read_text())
     images = [os.path.join(config["media_dir"], image) for record in records for image in record["images"]]
     assert len(images) == 2 and all(map(os.path.isfile, images))
-    assert "template: qwen2_vl  # keep" in (factory / "LF/train.yaml").read_text().splitlines()
+    assert "template: qwen2_vl  # keep" in (beside / "LF/train.yaml").read_text().splitlines()
     mine = load_examples(config["dataset_dir"], "train", name=config["dataset"], media_dir=config["media_dir"])
-    assert facts(mine) == facts(load_examples(factory / "my/cord", "train"))
+    assert facts(mine) == facts(load_examples(beside / "my/cord", "train"))
 
 
-def test_registering_twice_touches_nothing(factory):
-    call = dict(llamafactory=factory / "LF/data", config=factory / "LF/train.yaml")
-    register(factory / "my/cord", **call)
-    before = tree(factory)
-    again = register(factory / "my/cord", **call)
-    assert {row["state"] for row in again["entries"]} == {"unchanged"} and tree(factory) == before
+def test_registering_twice_touches_nothing(beside):
+    call = dict(llamafactory=beside / "LF/data", config=beside / "LF/train.yaml")
+    register(beside / "my/cord", **call)
+    before = tree(beside)
+    again = register(beside / "my/cord", **call)
+    assert {row["state"] for row in again["entries"]} == {"unchanged"} and tree(beside) == before
 
 
-def test_a_data_set_that_moved_needs_force(factory):
-    register(factory / "my/cord", factory / "LF")
-    shutil.move(factory / "my/cord", factory / "moved")
-    before = tree(factory)
+def test_a_data_set_that_moved_needs_force(beside):
+    register(beside / "my/cord", beside / "LF")
+    shutil.move(beside / "my/cord", beside / "moved")
+    before = tree(beside)
     with pytest.raises(VlmError, match="different entry 'cord'"):
-        register(factory / "moved", factory / "LF", config=factory / "LF/train.yaml")
-    assert tree(factory) == before
-    register(factory / "moved", factory / "LF", force=True)
-    assert load_examples(factory / "LF/data", "test", name="cord", media_dir=factory / "moved")
+        register(beside / "moved", beside / "LF", config=beside / "LF/train.yaml")
+    assert tree(beside) == before
+    register(beside / "moved", beside / "LF", force=True)
+    assert load_examples(beside / "LF/data", "test", name="cord", media_dir=beside / "moved")
 
 
 @pytest.mark.parametrize("call, problem", [
@@ -674,14 +674,14 @@ def test_a_data_set_that_moved_needs_force(factory):
     (dict(name="crod"), "unknown data set 'crod'. Allowed: cord. Did you mean 'cord'?"),
     (dict(config="none.yaml"), "no file 'none.yaml'"),
     (dict(config="my/cord/cord.json"), "does not hold 'key: value' lines")])
-def test_what_cannot_be_registered_changes_nothing(factory, monkeypatch, call, problem):
-    monkeypatch.chdir(factory)
-    before = tree(factory)
+def test_what_cannot_be_registered_changes_nothing(beside, monkeypatch, call, problem):
+    monkeypatch.chdir(beside)
+    before = tree(beside)
     with pytest.raises(VlmError) as error: register(**{"dir": "my/cord", "llamafactory": "LF", **call})
-    assert problem in str(error.value) and tree(factory) == before
+    assert problem in str(error.value) and tree(beside) == before
 
 
-def test_an_entry_whose_file_is_gone_is_not_registered(factory):
-    (factory / "my/cord/cord_test.json").unlink()
+def test_an_entry_whose_file_is_gone_is_not_registered(beside):
+    (beside / "my/cord/cord_test.json").unlink()
     with pytest.raises(VlmError, match="entry 'cord_test' of .* names no file"):
-        register(factory / "my/cord", factory / "LF")
+        register(beside / "my/cord", beside / "LF")
