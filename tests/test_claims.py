@@ -214,10 +214,14 @@ print(before, held_memory("VmRSS"), held_memory("VmHWM"))"""
     assert 190 < now - before < 230 and most >= before + 190
 
 
-def first_two(whole):
+def arms_of(claim):
+    "The arms a claim compares, wherever along their way"
+    return {arm.partition(" after ")[0] for side in ("more", "less") for arm in side_arms(claim[side])}
+
+
+def first_arms(whole):
     "The arms of the first claim; without claims, the first two"
-    arms = [[arm for side in ("more", "less") for arm in side_arms(claim[side])] for claim in whole["claims"].values()]
-    return {arm.partition(" after ")[0] for arm in (arms or [[*whole["arms"]][:2]])[0]}
+    return next(map(arms_of, whole["claims"].values()), {*[*whole["arms"]][:2]})
 
 
 def quick_of(whole, chosen):
@@ -225,9 +229,7 @@ def quick_of(whole, chosen):
     def early(side): return [re.sub(r"after \d+ steps", "after 1 steps", arm) for arm in side_arms(side)]
     arms = {arm: changes | dict(max_steps=1) for arm, changes in whole["arms"].items() if arm in chosen}
     claims = {text: claim | {side: early(claim[side]) for side in ("more", "less")}
-              for text, claim in whole["claims"].items()}
-    claims = {text: claim for text, claim in claims.items()
-              if {arm.partition(" after ")[0] for side in ("more", "less") for arm in claim[side]} <= set(chosen)}
+              for text, claim in whole["claims"].items() if arms_of(claim) <= set(chosen)}
     along = dict(along=1) if whole["along"] else {}
     return dict(rows=2, test=2, seeds=1, probes=5, changes=whole["changes"], arms=arms, claims=claims, **along)
 
@@ -271,6 +273,7 @@ def run_quick(folder, name, chosen):
     told = bench(str(file), work=str(folder))
     assert set(told["groups"]) == {f"{arm} 42" for arm in chosen} and told["commit"] is not None
     assert ("vanilla" in told) == (name != "experts"), "its random bases are not the preset's"
+    assert bool(told["claims"]) == (name in CLAIMED)
     assert all(c["seeds"] == 1 and c["verdict"] == "inconclusive" for c in told["claims"])
     assert read_json_file(folder / name / "result.json")["groups"] == told["groups"]
     again = bench(str(file), work=str(folder))
@@ -281,7 +284,7 @@ def run_quick(folder, name, chosen):
 @every
 def test_each_experiment_in_its_quick_mode(quick_work, monkeypatch, name):
     monkeypatch.chdir(quick_work)
-    chosen = first_two(load_claims(name))
+    chosen = first_arms(load_claims(name))
     told = run_quick(quick_work, name, chosen)
     assert all(0 <= group["field_f1"] <= 1 and group["steps"] == 1 for group in told.values())
 
